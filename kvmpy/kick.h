@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Kicking a vCPU out of KVM_RUN from another thread. Two means, because each alone loses a race: immediate_exit
+ * stops a KVM_RUN that has not yet begun, a signal stops one that has.
+ */
+#ifndef KVMPY_KICK_H
+#define KVMPY_KICK_H
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "kvm_compat.h"
+
+/* `target` is the thread in KVM_RUN (0: none; negative: a kick is just being sent to it). */
+typedef _Atomic int kvmpy_target;
+
+/* Set by the signal handler of this thread: tells a late kick signal from one of somebody else. */
+static __thread volatile sig_atomic_t kvmpy_kick_seen;
+
+static void kvmpy_on_kick(int signal)
+{
+    (void)signal;
+    kvmpy_kick_seen = 1;
+}
+
+/* Claim the first realtime signal that nobody uses; -errno if all are taken.
+ * No SA_RESTART: KVM_RUN must return EINTR. */
+static inline int kick_install(void)
+{
+    for (int number = SIGRTMIN; number <= SIGRTMAX; number++) {
+        struct sigaction old, mine;
+        if (sigaction(number, NULL, &old) < 0 || (old.sa_flags & SA_SIGINFO) || old.sa_handler != SIG_DFL)
+            continue;
+        memset(&mine, 0, sizeof mine);
+        mine.sa_handler = kvmpy_on_kick;
+        sigemptyset(&mine.sa_mask);
+        return sigaction(number, &mine, NULL) < 0 ? -errno : number;
+    }
+    return -EBUSY;
+}
+
+/* Make the current KVM_RUN, or else the next one, return -EINTR.
+ * immediate_exit goes first: whoever is not yet inside the ioctl will see it there, whoever is has a target. */
+static inline void kick_send(struct kvm_run *run, kvmpy_target *target, int signal)
+{
+    __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    int thread = atomic_load(target);
+    if (thread > 0 && atomic_compare_exchange_strong(target, &thread, -thread)) {
+        syscall(SYS_tgkill, getpid(), thread, signal);
+        atomic_store(target, thread);
+    }
+}
+
+static __thread int kvmpy_thread;
+
+/* A forked child has one thread, with a new id. */
+static inline void kick_after_fork(void)
+{
+    kvmpy_thread = 0;
+}
+
+/* One KVM_RUN. Returns what the engine returned; *kicked says whether an -EINTR was a kick.
+ * A kick signal that arrives after its kick was already answered through immediate_exit is not a second kick:
+ * then the guest is simply entered again. */
+static inline long run_once(const struct kvmpy_engine *engine, int handle, struct kvm_run *run,
+                            kvmpy_target *target, int *kicked)
+{
+    long result;
+
+    if (!kvmpy_thread)
+        kvmpy_thread = (int)syscall(SYS_gettid);
+    int thread = kvmpy_thread;
+    run->exit_reason = KVM_EXIT_UNKNOWN; /* so that an error that fills kvm_run can be told from a stale exit */
+    kvmpy_kick_seen = 0;
+    atomic_store(target, thread);
+    do
+        result = engine->ioctl(handle, KVM_RUN, 0);
+    while (result == -EAGAIN); /* an application processor that just left wait-for-SIPI */
+    int expected = thread;
+    while (!atomic_compare_exchange_strong(target, &expected, 0)) {
+        expected = thread; /* a kicker is between its two steps */
+        sched_yield();
+    }
+    *kicked = result == -EINTR && __atomic_exchange_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+    return result;
+}
+
+/* After an -EINTR that was no kick: was it only a late kick signal? */
+static inline bool kick_was_late(void)
+{
+    bool late = kvmpy_kick_seen;
+    kvmpy_kick_seen = 0;
+    return late;
+}
+
+#endif
