@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+def engine() -> object:
+    """The engine, as the capsule that Kvm() takes."""

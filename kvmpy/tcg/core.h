@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the core's files share among themselves (the machine half does not need it).
+ */
+#ifndef KVMPY_TCG_CORE_H
+#define KVMPY_TCG_CORE_H
+
+#include "decode.h"
+#include "flags.h"
+#include "mem.h"
+
+enum { ESCAPE_FAULT = 1, ESCAPE_STOP, ESCAPE_RESUME };
+
+/* block.c */
+struct block *block_find(struct cpu *c, uint32_t mode); /* for c->rip; may fault */
+struct block *block_peek(struct cpu *c);
+void block_connect(struct cpu *c, struct link *link, struct block *to);
+bool block_init(struct cpu *c);
+void block_free(struct cpu *c);
+void block_drain(struct cpu *c); /* what others posted to c->inval */
+void block_page_is_written(struct cpu *c, uint64_t gpa, unsigned size, const struct page_info *page);
+
+/* mmu.c */
+enum access { ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC };
+/* Host address of a byte for code fetch; fills the TLB; faults. NULL: not memory. */
+uint8_t *mmu_fetch(struct cpu *c, uint64_t lin, uint64_t *gpa);
+void mmu_protect_code(struct cpu *c, uint64_t gpa); /* drop write entries of this page */
+void mmu_flush_local(struct cpu *c);
+void mmu_invlpg(struct cpu *c, uint64_t lin);
+bool mmu_load_pdptes(struct cpu *c, uint64_t cr3);
+/* Implicit supervisor accesses: descriptor tables, TSS, IDT. u may be NULL. */
+uint64_t sys_read(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size);
+void sys_write(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size, uint64_t value);
+void sys_check_write(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size);
+/* Data access through one of the MMU_* modes, for stack pushes at another CPL. */
+uint64_t mode_read(struct cpu *c, int mmu, const struct uop *u, uint64_t lin, unsigned size, int stack);
+void mode_write(struct cpu *c, int mmu, const struct uop *u, uint64_t lin, unsigned size, uint64_t value, int stack);
+static inline bool canonical(const struct cpu *c, uint64_t a)
+{
+    unsigned s = c->cr4 & CR4_LA57 ? 7 : 16;
+    return (uint64_t)((int64_t)(a << s) >> s) == a;
+}
+
+/* io.c: user space answers */
+uint64_t dev_read(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size);
+void dev_write(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size, uint64_t value);
+
+int io_msr(struct cpu *c, const struct uop *u, bool write, uint32_t index, uint64_t *value);
+void io_answered(struct cpu *c);
+
+/* interp.c */
+_Noreturn void cpu_stop(struct cpu *c, const struct uop *u, enum tcg_stop stop); /* RIP stays at the instruction */
+_Noreturn void cpu_fault_full(struct cpu *c, const struct uop *u, unsigned vector, bool has_error, uint32_t code);
+void cpu_update_mode(struct cpu *c); /* mode, masks and TLB pointers from CPL, segments, CR, EFER, AC */
+void cpu_irq_enabled(struct cpu *c); /* IF became 1 */
+
+/* excp.c */
+void deliver_exception(struct cpu *c); /* c->exc at c->rip */
+void deliver_interrupt(struct cpu *c, unsigned vector, bool soft, bool nmi);
+void soft_interrupt(struct cpu *c, const struct uop *u, unsigned vector, int kind); /* INT n, INT3, INTO, INT1 */
+enum { SOFT_INT, SOFT_INT3, SOFT_INTO, SOFT_INT1 };
+
+/* seg.c */
+static inline unsigned seg_dpl(const struct segment *s) { return s->attr >> ATTR_DPL_SHIFT & 3; }
+bool desc_fetch(struct cpu *c, const struct uop *u, uint16_t sel, uint64_t *desc); /* false: outside the table */
+void desc_to_segment(uint16_t sel, uint64_t desc, struct segment *s);
+void seg_load(struct cpu *c, const struct uop *u, int seg, uint16_t sel); /* MOV/POP to a segment register, all modes */
+void seg_load_real(struct cpu *c, int seg, uint16_t sel);
+void far_jump(struct cpu *c, const struct uop *u, uint16_t sel, uint64_t off, unsigned osize);
+void far_call(struct cpu *c, const struct uop *u, uint16_t sel, uint64_t off, unsigned osize);
+void far_return(struct cpu *c, const struct uop *u, unsigned osize, unsigned pop);
+void iret(struct cpu *c, const struct uop *u, unsigned osize);
+void task_switch(struct cpu *c, const struct uop *u, uint16_t sel, int why, uint64_t next_rip, bool has_error, uint32_t error);
+enum { TASK_JMP, TASK_CALL, TASK_IRET, TASK_INT };
+void set_cpl(struct cpu *c, unsigned cpl);
+void load_null_if_weaker(struct cpu *c);
+
+static inline bool long_mode(const struct cpu *c) { return c->efer & EFER_LMA; }
+static inline bool code64(const struct cpu *c) { return c->mode & MODE_CODE64; }
+static inline bool real_or_vm86(const struct cpu *c) { return !(c->cr0 & CR0_PE) || (c->sysflags & FL_VM); }
+static inline bool protected_mode(const struct cpu *c) { return !real_or_vm86(c); }
+
+/* Stack by SS.B and mode: address of [SS:sp]. */
+static inline uint64_t stack_lin(const struct cpu *c, uint64_t sp) { return c->segbase[SEG_SS] + (sp & c->stack_mask); }
+static inline void set_sp(struct cpu *c, uint64_t sp) { c->gpr[RSP] = (c->gpr[RSP] & ~c->stack_mask) | (sp & c->stack_mask); }
+void stack_check(struct cpu *c, const struct uop *u, uint64_t sp, unsigned size); /* SS limit */
+
+/* Going on at another block: every terminator ends in one of these. */
+#define CONTINUE_AT(newrip) do { c->rip = (newrip); LEAVE; } while (0)
+
+#endif

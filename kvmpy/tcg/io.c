@@ -1,0 +1,114 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Accesses that leave the processor: ports, MMIO and filtered MSRs, and their replay.
+ *
+ * The chips in the engine are asked first. What they do not answer becomes c->io and an escape: the instruction has
+ * changed nothing yet that it would not change again in the same way. When user space has answered, cpu_run() lets the
+ * same instruction run again, alone; its accesses then take the recorded answers in order, and the first one that has
+ * none leaves again. So an instruction with several accesses (a 16-byte MOVUPS, ADD to a device register, a page
+ * crossing) needs no code of its own. The records end with the instruction.
+ */
+#include "core.h"
+
+static bool recorded(struct cpu *c, enum cpu_io_kind kind, uint64_t addr, unsigned size, uint64_t *value, uint8_t *error)
+{
+    struct cpu_io *io = &c->io;
+    if (io->taken >= io->answered)
+        return false;
+    unsigned i = io->taken;
+    if (io->past[i].kind != kind || io->past[i].addr != addr || io->past[i].size != size) {
+        cpu_io_forget(c); /* state was changed meanwhile: this is another access */
+        return false;
+    }
+    io->taken++;
+    if (value)
+        *value = io->past[i].data;
+    if (error)
+        *error = io->past[i].error;
+    return true;
+}
+
+_Noreturn static void want(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size, uint64_t value)
+{
+    struct cpu_io *io = &c->io;
+    if (io->answered >= CPU_IO_MAX) {
+        c->error_text = "an instruction needs more device accesses than the engine records";
+        cpu_stop(c, u, TCG_STOP_ERROR);
+    }
+    io->kind = (uint8_t)kind;
+    io->size = (uint8_t)size;
+    io->addr = addr;
+    io->count = 1;
+    io->error = 0;
+    io->reason = c->msr_reason;
+    memcpy(io->data, &value, 8);
+    io->state = IO_WANT;
+    cpu_stop(c, u, TCG_STOP_IO);
+}
+
+uint64_t dev_read(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size)
+{
+    uint64_t value = 0;
+    if (recorded(c, kind, addr, size, &value, NULL))
+        return value;
+    if (kind == IO_PIO_IN) {
+        uint32_t v = 0;
+        if (tcg_pio(c, (uint16_t)addr, size, false, &v))
+            return v;
+    } else if (tcg_mmio(c, addr, size, false, &value)) {
+        return value;
+    }
+    want(c, u, kind, addr, size, 0);
+}
+
+void dev_write(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size, uint64_t value)
+{
+    if (recorded(c, kind, addr, size, NULL, NULL))
+        return;
+    if (kind == IO_PIO_OUT) {
+        uint32_t v = (uint32_t)value;
+        if (tcg_pio(c, (uint16_t)addr, size, true, &v))
+            return;
+    } else if (tcg_mmio(c, addr, size, true, &value)) {
+        return;
+    }
+    want(c, u, kind, addr, size, value);
+}
+
+/* RDMSR and WRMSR with user space's filter: 0 done, 1 #GP. */
+int io_msr(struct cpu *c, const struct uop *u, bool write, uint32_t index, uint64_t *value)
+{
+    enum cpu_io_kind kind = write ? IO_WRMSR : IO_RDMSR;
+    uint8_t error = 0;
+    uint64_t answer = 0;
+    if (recorded(c, kind, index, 8, &answer, &error)) {
+        if (!write)
+            *value = answer;
+        return error != 0;
+    }
+    int r = write ? tcg_wrmsr(c, index, *value) : tcg_rdmsr(c, index, value);
+    if (r == 2)
+        want(c, u, kind, index, 8, write ? *value : 0);
+    return r;
+}
+
+void cpu_io_forget(struct cpu *c)
+{
+    c->io.answered = c->io.taken = 0;
+    c->io.state = IO_IDLE;
+}
+
+/* user space answered: the answer joins the records of the instruction that will run again */
+void io_answered(struct cpu *c)
+{
+    struct cpu_io *io = &c->io;
+    unsigned i = io->answered++;
+    io->past[i].kind = io->kind;
+    io->past[i].size = io->size;
+    io->past[i].error = io->error;
+    io->past[i].addr = io->addr;
+    io->past[i].data = 0;
+    memcpy(&io->past[i].data, io->data, io->size > 8 ? 8 : io->size);
+    io->taken = 0; /* the instruction begins anew and takes them all again */
+    io->state = IO_IDLE;
+}
