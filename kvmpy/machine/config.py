@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine is made of: plain values, checked when given."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvmpy.arch.layout import GIB, KIB, MIB
+from kvmpy.chardev import CharBackend
+from kvmpy.clock import Clock, HostClock
+from kvmpy.memory import HugePages
+
+Path = str | os.PathLike[str]
+Module = Path | tuple[Path, str]
+
+_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": GIB << 10}
+SMALLEST = MIB
+MOST_CPUS = 254  # xAPIC ids 0..254, 255 is broadcast
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from a number or "512M"-like text (K, M, G, T are powers of 1024). Raises ValueError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"a size is a number with K, M, G or T behind it, such as 512M, not {text!r}")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A machine's configuration. Sizes are bytes or text like "512M".
+
+    memory: guest RAM. cpus: how many. backend: "auto", "kvm" or "tcg". assist: whether
+    the software CPU runs what KVM cannot emulate (None: yes, unless $KVMPY_ASSIST is 0). cpu: CPUID
+    policy, e.g. "host,-avx2".
+    kernel, initrd, cmdline, modules: what to boot directly; firmware: a BIOS ROM instead. image_format,
+    load_address, entry, mode: how to load an image that does not say it itself. acpi: make ACPI tables.
+    huge_pages: None, "thp", "2M" or "1G". console: where COM1 goes (default a `Console` in memory);
+    debugcon: where port 0xE9 and SeaBIOS's 0x402 go. fw_cfg: extra files for firmware. floppy: an image that
+    SeaBIOS boots from memory. triple_fault: "error" or "reset", what a triple fault means.
+    """
+
+    memory: int | str = 512 * MIB
+    cpus: int = 1
+    backend: str = "auto"
+    assist: bool | None = None
+    cpu: str = "host"
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    modules: Sequence[Module] = ()
+    firmware: Path | None = None
+    floppy: Path | None = None
+    image_format: str = "auto"
+    load_address: int | None = None
+    entry: int | None = None
+    mode: str | None = None
+    decompress: bool = False
+    acpi: bool = True
+    huge_pages: HugePages | None = None
+    console: CharBackend | None = None
+    debugcon: CharBackend | None = None
+    fw_cfg: Mapping[str, bytes] = field(default_factory=dict)
+    triple_fault: str = "error"
+    clock: Clock = field(default_factory=HostClock)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memory", parse_size(self.memory))
+        if self.ram < SMALLEST or self.ram % MIB:
+            raise ValueError(f"memory must be a whole number of MiB, at least 1 MiB, not {self.ram:#x} bytes")
+        if not 1 <= self.cpus <= MOST_CPUS:
+            raise ValueError(f"cpus must be 1..{MOST_CPUS}, not {self.cpus}")
+        if (self.kernel is None) == (self.firmware is None):
+            raise ValueError("a machine boots either a kernel or a firmware: give exactly one of them")
+        if self.kernel is None and (self.initrd is not None or self.modules or self.cmdline):
+            raise ValueError("initrd, modules and cmdline go with a kernel, not with a firmware")
+        if self.floppy is not None and self.firmware is None:
+            raise ValueError("a floppy needs a firmware that boots from it, such as SeaBIOS")
+        if self.triple_fault not in ("error", "reset"):
+            raise ValueError(f'triple_fault is "error" or "reset", not {self.triple_fault!r}')
+
+    @property
+    def ram(self) -> int:
+        """Guest RAM in bytes."""
+        assert isinstance(self.memory, int)
+        return self.memory
