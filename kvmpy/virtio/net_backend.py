@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the packets of a network device go: a descriptor that moves one Ethernet frame per read(2) and write(2)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from typing import Protocol
+
+from ioctl_opt import IOC, IOC_READ, IOC_WRITE  # <asm-generic/ioctl.h>
+
+# <linux/if_tun.h>; the last argument of an ioctl number is only its size.
+TUNSETIFF = IOC(IOC_WRITE, ord("T"), 202, 4)
+TUNGETFEATURES = IOC(IOC_READ, ord("T"), 207, 4)
+TUNSETOFFLOAD = IOC(IOC_WRITE, ord("T"), 208, 4)
+TUNGETIFF = IOC(IOC_READ, ord("T"), 210, 4)
+TUNSETVNETHDRSZ = IOC(IOC_WRITE, ord("T"), 216, 4)
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, TUN_F_UFO = 0x01, 0x02, 0x04, 0x08, 0x10
+
+HEADER_SIZE = 12  # struct virtio_net_hdr with num_buffers (5.1.6)
+
+
+class NetBackend(Protocol):
+    """The outside end of a network device.
+
+    fd: non-blocking; one frame per read and write. vnet_header: frames carry struct virtio_net_hdr of 12 bytes,
+    so checksums and segmentation can be left to the other end. offloads: the TUN_F_* bits that it can take.
+    """
+
+    fd: int
+    vnet_header: bool
+    offloads: int
+
+    def set_offloads(self, offloads: int) -> None:
+        """Frames that it gives may need these TUN_F_* from now on; called at every reset and start."""
+        ...
+
+    def close(self) -> None:
+        """Release what is open; again is no error."""
+        ...
+
+
+class PacketSocket:
+    """A socket that keeps message boundaries: AF_UNIX SOCK_DGRAM or SOCK_SEQPACKET; no offloads.
+
+    sock: belongs to the back end from now on.
+    """
+
+    vnet_header = False
+    offloads = 0
+
+    def __init__(self, sock: socket.socket) -> None:
+        if sock.type not in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+            raise ValueError("a packet socket keeps message boundaries: SOCK_DGRAM or SOCK_SEQPACKET")
+        sock.setblocking(False)
+        self._sock = sock
+        self.fd = sock.fileno()
+
+    @classmethod
+    def pair(cls) -> tuple[PacketSocket, socket.socket]:
+        """A back end and the socket at its other end: what one sends, the other receives."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), theirs
+
+    def set_offloads(self, offloads: int) -> None:
+        """Nothing: frames are complete."""
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
+
+class TapFd:
+    """An open tap or macvtap descriptor, with the virtio header and the kernel's offloads.
+
+    fd: of /dev/net/tun after TUNSETIFF, or of /dev/tapN; it belongs to the back end from now on. Raises OSError;
+    ValueError when the interface has no IFF_VNET_HDR.
+    """
+
+    vnet_header = True
+    offloads = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
+
+    def __init__(self, fd: int) -> None:
+        name, flags = struct.unpack("16sH22x", fcntl.ioctl(fd, TUNGETIFF, bytes(40)))
+        if not flags & IFF_VNET_HDR or not flags & IFF_TAP:
+            raise ValueError(f"{name.rstrip(bytes(1)).decode()}: not a tap interface with IFF_VNET_HDR")
+        fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER_SIZE))
+        os.set_blocking(fd, False)
+        self.name = name.rstrip(b"\0").decode()
+        self.fd = fd
+
+    @classmethod
+    def open(cls, name: str) -> TapFd:
+        """Attach to tap interface `name`, which is created if it does not exist (needs CAP_NET_ADMIN)."""
+        if not 1 <= len(name.encode()) <= 15:
+            raise ValueError(f"an interface name has 1 to 15 bytes, not {name!r}")
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            fcntl.ioctl(fd, TUNSETIFF, request)
+            return cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def set_offloads(self, offloads: int) -> None:
+        """TUNSETOFFLOAD: what the guest's driver takes (5.1.3, GUEST_*)."""
+        fcntl.ioctl(self.fd, TUNSETOFFLOAD, offloads)
+
+    def close(self) -> None:
+        """Close the descriptor; an interface that is not persistent disappears."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
