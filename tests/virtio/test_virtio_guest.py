@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock Debian kernels drive the devices: their own modules, ACPI, interrupts by irqfd, kicks by ioeventfd."""
+
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+
+import pytest
+
+from kvmpy import Machine, guests
+from kvmpy.arch import layout
+from kvmpy.block import create_disk, open_disk
+from kvmpy.boot.acpi import AcpiConfig, SerialPort, VirtioMmio, write_acpi
+from kvmpy.chardev import Console
+from kvmpy.guests.init import parameters
+from kvmpy.irq import EventLine
+from kvmpy.machine import tables
+from kvmpy.virtio import Balloon, Blk, ConsoleDevice, MmioTransport, Net, PacketSocket, Port, Rng
+
+pytestmark = pytest.mark.guest
+
+GSIS = (5, 6, 7, 10, 11)
+MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console")
+TRIAL = """cat /sys/block/vda/serial; echo; mke2fs /dev/vda > /dev/null && mkdir /m && mount -t ext4 /dev/vda /m
+dd if=/dev/urandom of=/m/data bs=4096 count=300 2> /dev/null; umount /m
+mount -t ext4 /dev/vda /m; md5sum < /m/data; umount /m
+ip addr add 10.0.0.2/24 dev eth0; ip link set eth0 up; arping -c 3 -w 10 -f -I eth0 10.0.0.1
+head -c 32 /dev/hwrng | wc -c; echo through-hvc0 > /dev/hvc0; echo through-the-port > /dev/vport4p1; sync"""
+
+
+def answer_arp(sock: socket.socket) -> None:
+    """The host at 10.0.0.1; ends when the guest's card is gone."""
+    mac = bytes.fromhex("525400000001")
+    while True:
+        try:
+            frame = sock.recv(65536)
+        except OSError:
+            return
+        if not frame:
+            return
+        if frame[12:14] == b"\x08\x06" and frame[38:42] == bytes([10, 0, 0, 1]):
+            reply = struct.pack("!HHBBH", 1, 0x800, 6, 4, 2) + mac + frame[38:42] + frame[22:32]
+            sock.send(frame[6:12] + mac + b"\x08\x06" + reply)
+
+
+@pytest.fixture
+def backend_for_linux(request):
+    """The software CPU: a KVM that emulates ring 0 may lack instructions that Debian's kernels use."""
+    from kvmpy import Vm
+    from kvmpy.errors import BackendError
+
+    try:
+        Vm("tcg").close()
+    except BackendError as error:
+        pytest.skip(str(error))
+    return "tcg"
+
+
+@pytest.mark.parametrize("name", ["debian-6.1", pytest.param("debian-6.12", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", ["qcow2"])
+def test_linux_uses_every_device(name, format, backend_for_linux, tmp_path, monkeypatch):
+    guest = guests.find(name)
+    if guest is None:
+        pytest.skip(f"{name} is not in the cache: kvmpy guest get {name}")
+    places = [layout.VIRTIO_MMIO + index * layout.VIRTIO_MMIO_SIZE for index in range(len(GSIS))]
+
+    def write_tables(config, memory):
+        mmio = [VirtioMmio(base, layout.VIRTIO_MMIO_SIZE, gsi) for base, gsi in zip(places, GSIS, strict=True)]
+        serial = [SerialPort(layout.PORT_COM[0], layout.IRQ_COM[0])]
+        events = (layout.PORT_ACPI_EVENTS, layout.IRQ_SCI)
+        return write_acpi(
+            memory, AcpiConfig(apic_ids=range(config.cpus), serial=serial, events=events, virtio_mmio=mmio)
+        )
+
+    monkeypatch.setattr(tables, "write", write_tables)
+    create_disk(tmp_path / "disk", format, 32 << 20)
+    console, hvc, port = Console(), Console(), Console()
+    backend, peer = PacketSocket.pair()
+    host = threading.Thread(target=answer_arp, args=(peer,), daemon=True)
+    host.start()
+    with open_disk(tmp_path / "disk", format) as disk:
+        machine = Machine(
+            kernel=guest.kernel,
+            initrd=guest.initrd_modules,
+            memory="256M",
+            backend=backend_for_linux,
+            decompress=True,
+            console=console,
+            cmdline="console=ttyS0 nokaslr quiet " + parameters(TRIAL, modules=MODULES),
+        )
+        devices = [
+            Blk(disk, serial="kvmpy-disk"),
+            Net(backend),
+            Rng(),
+            Balloon(machine.vm.memory),
+            ConsoleDevice([Port(hvc, console=True), Port(port, "agent")], columns=80, rows=25),
+        ]
+        transports, fds = [], []
+        for device, base, gsi in zip(devices, places, GSIS, strict=True):
+            fds.append(os.eventfd(0, os.EFD_NONBLOCK))
+            machine.vm.irqfd(fds[-1], gsi)
+            transports.append(MmioTransport(device, machine.vm.memory, EventLine(fds[-1])))
+            machine.vm.mmio.add(base, transports[-1])
+            transports[-1].connect_kicks(machine.vm, base)
+        try:
+            outcome = machine.run(timeout=300)
+        finally:
+            for transport in transports:
+                transport.close()
+            machine.close()
+            for fd in fds:
+                os.close(fd)
+        assert outcome.reason == "poweroff", console.transcript[-2000:]
+        text = console.transcript
+        assert "kvmpy-disk" in text and "exit status 0" in text
+        assert "Received 1 response" in text
+        assert re.search(r"^32\r?$", text, re.M), "entropy"
+        digest = re.search(r"^([0-9a-f]{32})  -\r?$", text, re.M)[1]
+        hvc.expect("through-hvc0", timeout=1)
+        port.expect("through-the-port", timeout=1)
+        assert devices[0].stats()["flushes"] > 0 and devices[0].stats()["errors"] == 0
+        (tmp_path / "raw").write_bytes(disk.pread(0, disk.size))
+    host.join(10)
+    peer.close()
+    if shutil.which("e2fsck") and shutil.which("debugfs"):
+        subprocess.run(["e2fsck", "-f", "-n", tmp_path / "raw"], check=True, capture_output=True)
+        data = subprocess.run(["debugfs", "-R", "cat /data", tmp_path / "raw"], check=True, capture_output=True).stdout
+        assert subprocess.run(["md5sum"], input=data, capture_output=True, check=True).stdout.decode()[:32] == digest

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device, its transport, guest memory with canaries around what the driver uses, and a driver."""
+
+from __future__ import annotations
+
+import hashlib
+
+from kvmpy.irq import NullLine
+from kvmpy.memory import GuestMemory, Ram
+from kvmpy.virtio import MmioTransport, VirtioDevice
+from kvmpy.virtio.testing import Driver
+
+MIB = 1 << 20
+RAM = 0x0  # 4 MiB; the driver's heap is in the third
+HOLE = 4 * MIB
+ROM = 8 * MIB  # 64 KiB, read-only
+HIGH = 1 << 32  # 1 MiB
+HEAP = 2 * MIB
+HEAP_END = 3 * MIB
+TOP = (1 << 64) - 4096  # the last page of the address space is not memory
+
+
+def guest_memory(wrote=None) -> GuestMemory:
+    memory = GuestMemory(lambda *slot: None, wrote)
+    memory.add(RAM, Ram.anonymous(4 * MIB))
+    memory.add(ROM, Ram.from_bytes(b"\xee" * 65536), readonly=True)
+    memory.add(HIGH, Ram.anonymous(MIB))
+    return memory
+
+
+class Rig:
+    def __init__(self, device: VirtioDevice, memory: GuestMemory | None = None) -> None:
+        self.device = device
+        self.memory = memory if memory is not None else guest_memory()
+        self.line = NullLine()
+        self.transport = MmioTransport(device, self.memory, self.line)
+        self.driver = Driver(self.transport, self.memory, HEAP)
+        for start, size in self.canaries():
+            self.memory.fill(start, size, 0xA5)
+
+    @staticmethod
+    def canaries():
+        return [(RAM, HEAP), (HEAP_END, MIB), (HIGH, MIB)]
+
+    def canary(self) -> bytes:
+        """A digest of memory that no device may touch."""
+        digest = hashlib.sha256()
+        for start, size in self.canaries():
+            digest.update(self.memory.read(start, size))
+        digest.update(self.memory.read(ROM, 65536))
+        return digest.digest()
+
+    def start(self, wanted: int = 0, size: int | None = None, only=None) -> Driver:
+        self.driver.start(wanted, size, only=only)
+        return self.driver
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
