@@ -20,7 +20,7 @@ void block_free(struct cpu *c);
 void block_drain(struct cpu *c); /* what others posted to c->inval */
 void block_page_is_written(struct cpu *c, uint64_t gpa, unsigned size, const struct page_info *page);
 
-/* mmu.c */
+/* paging.c, tlb.c, mmu.c (mmu.h is what they share) */
 enum access { ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC };
 /* Host address of a byte for code fetch; fills the TLB; faults. NULL: not memory. */
 uint8_t *mmu_fetch(struct cpu *c, uint64_t lin, uint64_t *gpa);

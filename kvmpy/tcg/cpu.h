@@ -116,7 +116,7 @@ struct x87 {
     uint16_t fcs, fds;
 };
 
-/* ---- softTLB: see mmu.c. Offsets and sizes here are known to the JIT. ---- */
+/* ---- softTLB: see tlb.c. Offsets and sizes here are known to the JIT. ---- */
 #define TLB_BITS 9
 #define TLB_SIZE (1u << TLB_BITS)
 #define TLB_INVALID 1ull /* in a tag: never equal to a page address, so the access takes the slow path */

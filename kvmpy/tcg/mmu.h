@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Between the files of the memory-management unit: paging.c walks page tables, tlb.c keeps what walks found, mmu.c
+ * makes the accesses that missed. mem.h is what handlers see.
+ */
+#ifndef KVMPY_TCG_MMU_H
+#define KVMPY_TCG_MMU_H
+
+#include "core.h"
+
+/* paging.c */
+struct walk {
+    uint64_t gpa;     /* of the 4 KiB page */
+    uint64_t size;    /* of the mapping */
+    bool read, write, exec; /* allowed for this mode */
+    bool global, dirty, user, writable;
+    uint32_t error;
+};
+/* Walks for `access` in mode `mmu`. true: allowed, w filled. false: w->error is the page fault's error code. With
+ * `peek` nothing is changed (KVM_TRANSLATE). */
+bool page_walk(struct cpu *c, uint64_t lin, enum access access, int mmu, bool peek, struct walk *w);
+
+/* tlb.c */
+struct place { uint8_t *host; uint64_t gpa; struct page_info page; }; /* where one byte is; host NULL: MMIO */
+/* Translates one byte's page and fills the TLB entry; faults. */
+struct place tlb_fill(struct cpu *c, int mmu, const struct uop *u, uint64_t lin, enum access access, int stack);
+
+#endif
