@@ -2,7 +2,7 @@
 """kvmpy: micro-VMs inside Python, on the kernel's KVM or on kvmpy's own software CPU.
 
     Vm, Vcpu        KVM's machine and processor, with guest memory, buses, handlers, threads
-    Machine         a whole PC that boots a kernel or a firmware
+    Machine         a whole PC that boots a kernel or a firmware, with disks (Drive), networks (Nic), folders (Share)
     Hlt, IoOut ...  exits: what `vcpu.run()` returns, to `match`
     Regs, Sregs ... the kernel's structures
     errors          `kvmpy.errors` draws the tree
@@ -94,6 +94,7 @@ from kvmpy.errors import (
     OverlapError,
     StateError,
     UnexpectedExit,
+    UnsupportedError,
 )
 from kvmpy.irq import GsiLine
 from kvmpy.memory import GuestMemory, Ram
@@ -101,7 +102,7 @@ from kvmpy.vcpu import Outcome, Vcpu
 from kvmpy.vm import Vm
 
 if TYPE_CHECKING:
-    from kvmpy.machine import Config, Machine
+    from kvmpy.machine import Config, Drive, Machine, Nic, Share
 
 __all__ = [
     "ApResetHold",
@@ -118,6 +119,7 @@ __all__ = [
     "Debugregs",
     "Device",
     "DirtyRingFull",
+    "Drive",
     "Dtable",
     "EmulationFailure",
     "EntryFailure",
@@ -156,6 +158,7 @@ __all__ = [
     "MmioWrite",
     "MpState",
     "MsrEntry",
+    "Nic",
     "Nmi",
     "Notify",
     "Outcome",
@@ -166,6 +169,7 @@ __all__ = [
     "Regs",
     "Segment",
     "SetTpr",
+    "Share",
     "Shutdown",
     "SnpReqCerts",
     "Sregs",
@@ -178,6 +182,7 @@ __all__ = [
     "Translation",
     "UnexpectedExit",
     "Unknown",
+    "UnsupportedError",
     "Vcpu",
     "VcpuEvents",
     "Vm",
@@ -190,7 +195,7 @@ __all__ = [
     "open_kvm",
 ]
 
-_LAZY = ("Config", "Machine")  # they pull in loaders and devices, which a bare Vm does not need
+_LAZY = ("Config", "Drive", "Machine", "Nic", "Share")  # loaders and devices, which a bare Vm does not need
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@
     ├── OverlapError (ValueError)     two owners for one address range; names both
     ├── BootError (ValueError)        a kernel, initrd, command line or firmware that cannot be loaded
     ├── ImageError (ValueError)       a damaged or unsupported disk image
+    ├── UnsupportedError (NotImplementedError)  documented as not there yet
     ├── StateError (RuntimeError)     right call, wrong moment: closed, running, not yet started
     └── GuestError                    the guest cannot go on; carries the report
         ├── GuestShutdown             triple fault
@@ -81,6 +82,10 @@ class ImageError(KvmpyError, ValueError):
     def __init__(self, message: str, offset: int | None = None) -> None:
         super().__init__(message if offset is None else f"{message} (at file offset {offset:#x})")
         self.offset = offset
+
+
+class UnsupportedError(KvmpyError, NotImplementedError):
+    """What was asked for is not there (yet); the text says what is."""
 
 
 class StateError(KvmpyError, RuntimeError):

@@ -185,7 +185,7 @@ class Vm(_kvm.Vm):
             return self.wait(timeout)
         finally:
             self.stop()
-            self._started().join()
+            self.join()
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the end of the run; as `run()`, but a TimeoutError lets the VM go on."""
@@ -204,15 +204,19 @@ class Vm(_kvm.Vm):
         if self._runner is not None:
             self._runner.stop(outcome)
 
+    def join(self) -> None:
+        """Wait until the threads of all vCPUs have ended, after `stop()`; the calling one excepted."""
+        if self._runner is not None:
+            self._runner.join()
+
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback()` once, in some thread, when the present run is over."""
         self._started().add_done_callback(callback)
 
     def close(self) -> None:
         """Stop the vCPUs, wait for them, and free everything. Idempotent."""
-        if self._runner is not None:
-            self._runner.stop()
-            self._runner.join()
+        self.stop()
+        self.join()
         self.assist.close()
         super().close()
         self._vcpus.clear()

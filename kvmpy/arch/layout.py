@@ -66,4 +66,4 @@ IRQ_COM = (4, 3, 4, 3)
 IRQ_KEYBOARD = 1
 IRQ_RTC = 8
 IRQ_SCI = 9
-IRQ_VIRTIO_FIRST = 5   # 5, 6, 7, 10, 11, then 16..23
+IRQ_VIRTIO = (5, 6, 7, 10, 11, *range(16, 24))  # of virtio-mmio devices, in this order

@@ -30,7 +30,8 @@ examples:
   kvmpy run vmlinuz --initrd initrd.gz --append console=ttyS0 --memory 512M --cpus 2
   kvmpy run debian-6.1                          a stock guest (kvmpy guest get debian-6.1) with a shell
   kvmpy run debian-6.1 --run 'uname -a'         run a command in it; its status becomes ours
-  kvmpy run debian-6.12 --initrd debian-6.12:initrd-modules
+  kvmpy run debian-6.12 --disk disk.qcow2,format=qcow2 --net tap:tap0 --run 'mount /dev/vda /mnt && ls /mnt'
+  kvmpy run vmlinuz --disk root.img,format=raw --append 'console=ttyS0 root=/dev/vda'
   kvmpy run --bios seabios --floppy grub-floppy --debugcon bios.log
   kvmpy run test.bin --load 0x1000 --timeout 5 --serial none --json
 
@@ -89,12 +90,25 @@ def add_parser(commands: Any) -> None:
     machine.add_argument("--no-assist", action="store_true",
                          help="stop at what KVM cannot emulate, instead of asking the software CPU")  # fmt: skip
     machine.add_argument("--no-acpi", action="store_true", help="no ACPI tables")
+    machine.add_argument("--rng", action="store_true", help="a source of entropy for the guest")
     machine.add_argument("--triple-fault", choices=("error", "reset"), default="error",
                          help="a triple fault is a failure (default) or a reset")  # fmt: skip
+
+    disks = parser.add_argument_group("disks, networks, folders (each may be repeated; a comma in a path is doubled)")
+    disks.add_argument("--disk", metavar="PATH[,KEY=VALUE...]", action="append", default=[],
+                       help="a disk: format=raw|qcow2|vdi|vmdk|nbd (needed unless the image stays as it is), "
+                       "readonly=on, overlay=memory|FOLDER (writes go there and are forgotten), serial=S, "
+                       "follow=FOLDER (files there may be backing files), cache=writeback|writethrough|unsafe, "
+                       "discard=off, queues=N")  # fmt: skip
+    disks.add_argument("--net", metavar="KIND[:NAME][,KEY=VALUE...]", action="append", default=[],
+                       help="a network card: none, user, or tap:NAME; mac=M, mtu=BYTES")  # fmt: skip
+    disks.add_argument("--share", metavar="FOLDER[,KEY=VALUE...]", action="append", default=[],
+                       help="a folder of the host: tag=TAG, readonly=on")  # fmt: skip
 
     io = parser.add_argument_group("input and output")
     io.add_argument("--serial", metavar="WHERE", default="stdio",
                     help="stdio (default), none, pty, unix:PATH, file:PATH or a file's path")  # fmt: skip
+    io.add_argument("--hvc", metavar="WHERE", help="a virtio console, hvc0 in the guest; WHERE as for --serial")
     io.add_argument("--debugcon", metavar="FILE", help="write the debug ports 0xe9 and 0x402 to a file")
     io.add_argument("--timeout", metavar="S", type=inputs.seconds, help="stop the guest after S seconds")
     io.add_argument("--json", action="store_true", help="write the outcome as one JSON object")
@@ -159,15 +173,20 @@ def _config(options: argparse.Namespace) -> Config:
         # Where ring 0 is slow, a kernel that unpacks itself takes minutes.
         decompress = "initrd" in guest.files if decompress is None else decompress
         words.insert(0, guest.cmdline)
-        initrd = initrd or guest.files.get("initrd")
+        # The small one has no modules, and stock kernels need theirs for virtio.
+        plain = not (options.disk or options.net or options.share or options.hvc or options.rng)
+        initrd = initrd or guest.files.get("initrd" if plain else "initrd-modules", guest.files.get("initrd"))
     if options.run is not None:
         if found is None or initrd is None:
             raise UsageError("--run is for stock Linux guests such as debian-6.1")
         words.append(parameters(options.run, exit_port=_exit_port()))
-    serial = debugcon = None
+    serial = debugcon = hvc = None
     try:
+        if options.hvc == options.serial == "stdio":
+            raise UsageError("--hvc stdio needs --serial none or another place: standard input has one reader")
         serial = inputs.serial(options.serial)
         debugcon = File(options.debugcon) if options.debugcon else None
+        hvc = inputs.serial(options.hvc) if options.hvc else None
         return Config(
             memory=options.memory,
             cpus=options.cpus,
@@ -191,9 +210,14 @@ def _config(options: argparse.Namespace) -> Config:
             debugcon=debugcon,
             fw_cfg=inputs.fw_cfg(options.fw_cfg),
             triple_fault=options.triple_fault,
+            disks=options.disk,
+            nets=[word for word in options.net if word != "none"],
+            shares=options.share,
+            hvc=hvc,
+            rng=options.rng,
         )
     except BaseException as error:
-        for backend in (serial, debugcon):
+        for backend in (serial, debugcon, hvc):
             if backend is not None:
                 backend.close()  # a terminal must not stay raw
         if isinstance(error, ValueError):

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from kvmpy.arch.layout import GIB, KIB, MIB
+from kvmpy.block import Disk
 from kvmpy.chardev import CharBackend
 from kvmpy.clock import Clock, HostClock
-from kvmpy.memory import HugePages
+from kvmpy.machine.drives import Drive
+from kvmpy.machine.nics import Nic
+from kvmpy.machine.shares import Share
+from kvmpy.memory import GuestMemory, HugePages
+from kvmpy.virtio import NetBackend, Port, VirtioDevice
 
 Path = str | os.PathLike[str]
 Module = Path | tuple[Path, str]
@@ -43,6 +49,11 @@ class Config:
     huge_pages: None, "thp", "2M" or "1G". console: where COM1 goes (default a `Console` in memory);
     debugcon: where port 0xE9 and SeaBIOS's 0x402 go. fw_cfg: extra files for firmware. floppy: an image that
     SeaBIOS boots from memory. triple_fault: "error" or "reset", what a triple fault means.
+
+    Virtio devices: disks: each a `Drive`, an open `kvmpy.block.Disk`, or text such as "root.qcow2,format=qcow2".
+    nets: each a `Nic`, a `virtio.NetBackend`, or text such as "tap:tap0". shares: each a `Share` or text. hvc: where
+    hvc0 goes, or several `virtio.Port`s. rng: entropy. balloon: memory that the guest gives back. vsock: (CID, path
+    of the Unix sockets), see `virtio.Vsock`. virtio: functions of guest memory that make further devices.
     """
 
     memory: int | str = 512 * MIB
@@ -68,6 +79,14 @@ class Config:
     fw_cfg: Mapping[str, bytes] = field(default_factory=dict)
     triple_fault: str = "error"
     clock: Clock = field(default_factory=HostClock)
+    disks: Sequence[Drive | Disk | str] = ()
+    nets: Sequence[Nic | NetBackend | str] = ()
+    shares: Sequence[Share | str] = ()
+    hvc: CharBackend | Sequence[Port] | None = None
+    rng: bool = False
+    balloon: bool = False
+    vsock: tuple[int, Path] | None = None
+    virtio: Sequence[Callable[[GuestMemory], VirtioDevice]] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", parse_size(self.memory))
@@ -83,9 +102,38 @@ class Config:
             raise ValueError("a floppy needs a firmware that boots from it, such as SeaBIOS")
         if self.triple_fault not in ("error", "reset"):
             raise ValueError(f'triple_fault is "error" or "reset", not {self.triple_fault!r}')
+        for field_name in ("disks", "nets", "shares"):
+            if isinstance(getattr(self, field_name), str):
+                raise ValueError(f"{field_name} is a list, such as [{getattr(self, field_name)!r}]")
+        self.drives, self.nics, self.folders  # noqa: B018 - they raise what is wrong with them
 
     @property
     def ram(self) -> int:
         """Guest RAM in bytes."""
         assert isinstance(self.memory, int)
         return self.memory
+
+    @property
+    def drives(self) -> list[Drive]:
+        """The disks, each as a `Drive`."""
+        return [_made(Drive, disk) for disk in self.disks]
+
+    @property
+    def nics(self) -> list[Nic]:
+        """The networks, each as a `Nic`."""
+        return [_made(Nic, net) for net in self.nets]
+
+    @property
+    def folders(self) -> list[Share]:
+        """The shared folders, each as a `Share`."""
+        return [_made(Share, share) for share in self.shares]
+
+
+D = TypeVar("D", Drive, Nic, Share)
+
+
+def _made(kind: type[D], item: Any) -> D:
+    """What a user gave for a device: the device itself, a word of the command line, or what it is made from."""
+    if isinstance(item, kind):
+        return item
+    return kind.parse(item) if isinstance(item, str) else kind(item)

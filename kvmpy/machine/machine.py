@@ -19,6 +19,7 @@ from kvmpy.machine import tables
 from kvmpy.machine.board import Board
 from kvmpy.machine.config import Config
 from kvmpy.machine.firmware import describe_machine, load_firmware
+from kvmpy.machine.virtio import Virtio
 from kvmpy.vcpu import Outcome, State
 from kvmpy.vm import Vm
 
@@ -56,6 +57,8 @@ class Machine:
             if config.triple_fault == "reset":
                 self.vm.on_shutdown(self._triple_fault)
             describe_machine(config, self.board)
+            self.virtio = Virtio(config, self.vm)
+            undo.callback(self.virtio.close)
             self._add_vcpus()
             self.entry = self._load()
             self.vm.vcpus[0].enter(self.entry)
@@ -81,10 +84,13 @@ class Machine:
         return self.vm.kvm.reason
 
     def stats(self) -> dict[str, Any]:
-        """Live counters: exits by kind for each vCPU, instructions assisted, and accesses that no device answered."""
+        """Live counters: exits by kind for each vCPU, instructions assisted, virtio devices by name, and accesses that
+        no device answered.
+        """
         return {
             "exits": {vcpu.id: dict(vcpu.exit_counts) for vcpu in self.vm.vcpus},
             "assist": dict(self.vm.assist.counts),
+            "virtio": self.virtio.stats(),
             "unclaimed": {"pio": self.vm.pio.unclaimed_total, "mmio": self.vm.mmio.unclaimed_total},
         }
 
@@ -123,13 +129,15 @@ class Machine:
             self.stop()
 
     def pause(self, timeout: float | None = None) -> None:
-        """Take all processors out of the guest and stop the timers; returns when they are out."""
+        """Take all processors out of the guest, stop timers and devices; returns when nothing touches its memory."""
         self.vm.pause(timeout)
         self.board.timers.stop()
+        self.virtio.pause()
 
     def resume(self) -> None:
         """Go on after `pause()`."""
         if self.vm.state is State.PAUSED:
+            self.virtio.resume()
             self.board.timers.start()
             self.vm.resume()
 
@@ -146,10 +154,14 @@ class Machine:
         self.vm.add_done_callback(callback)
 
     def close(self) -> None:
-        """Stop everything and free it. Idempotent."""
-        self.vm.close()
-        self.board.timers.stop()
-        self._console.close()
+        """Stop everything and free it. Idempotent. Raises what a disk raises that cannot be closed cleanly."""
+        with contextlib.ExitStack() as closing:
+            closing.callback(self._console.close)
+            closing.callback(self.board.timers.stop)
+            closing.callback(self.vm.close)
+            self.vm.stop()
+            self.vm.join()
+            self.virtio.close()
 
     def __enter__(self) -> Machine:
         try:
@@ -201,11 +213,15 @@ class Machine:
         if config.firmware is not None:
             return load_firmware(config, self.vm, self.board, layout.PORT_COM[0])
         assert config.kernel is not None
-        rsdp = tables.write(config, self.vm.memory) if config.acpi else 0
+        slots = self.virtio.slots
+        rsdp = tables.write(config, self.vm.memory, slots.places) if config.acpi else 0
+        words = [config.cmdline]
+        if not config.acpi and config.load_address is None:  # flat images take no command line
+            words += slots.cmdline
         return load(
             config.kernel,
             self.vm.memory,
-            cmdline=config.cmdline or None,
+            cmdline=" ".join(filter(None, words)) or None,
             initrd=config.initrd,
             modules=config.modules,
             load_address=config.load_address,

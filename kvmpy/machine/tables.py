@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvmpy.arch import layout
-from kvmpy.boot.acpi import AcpiConfig, SerialPort, write_acpi
+from kvmpy.boot.acpi import AcpiConfig, SerialPort, VirtioMmio, write_acpi
 from kvmpy.boot.mptable import write_mptable
 from kvmpy.machine.config import Config
 from kvmpy.memory import GuestMemory
 
 
-def write(config: Config, memory: GuestMemory) -> int:
+def write(config: Config, memory: GuestMemory, virtio_mmio: Sequence[VirtioMmio] = ()) -> int:
     """Write ACPI tables and an MP table for kernels without ACPI. Returns the RSDP's guest address."""
     processors = range(config.cpus)
     write_mptable(memory, processors)
@@ -21,5 +23,6 @@ def write(config: Config, memory: GuestMemory) -> int:
             serial=[SerialPort(layout.PORT_COM[0], layout.IRQ_COM[0])],
             keyboard=True,
             events=(layout.PORT_ACPI_EVENTS, layout.IRQ_SCI),
+            virtio_mmio=virtio_mmio,
         ),
     )

@@ -41,6 +41,7 @@ class Blk(VirtioDevice):
     disk: stays the caller's and cannot be closed while the device exists; its size in bytes is rounded down to
     sectors of 512. serial: up to 20 bytes of ASCII (Linux: /sys/block/vda/serial). readonly: default as the disk.
     queues: how many, each with a thread. block_size: logical, in bytes; physical_block_size: for TOPOLOGY.
+    writeback: False: every write is on the host's disk before it completes, until the driver says otherwise.
     on_error(errno): called in the worker when the host failed to do a request (ENOSPC: the host is full); the guest
     gets an I/O error.
     """
@@ -57,6 +58,7 @@ class Blk(VirtioDevice):
         queues: int = 1,
         block_size: int = SECTOR,
         physical_block_size: int = 4096,
+        writeback: bool = True,
         on_error: Callable[[int], object] | None = None,
         threaded: bool = True,
     ) -> None:
@@ -69,6 +71,7 @@ class Blk(VirtioDevice):
             raise ValueError(f"physical blocks ({physical_block_size}) are smaller than logical ({block_size})")
         self.disk = disk
         self.readonly = disk.readonly if readonly is None else readonly or disk.readonly
+        self._writeback = writeback
         self._on_error = on_error
         self._server = BlkServer(disk, serial.encode("ascii"))
         features = SEG_MAX | BLK_SIZE | TOPOLOGY | FLUSH | CONFIG_WCE
@@ -84,7 +87,7 @@ class Blk(VirtioDevice):
             0, 0, 0,  # geometry: not offered
             block_size,
             per_physical.bit_length() - 1, 0, 1, 0,  # exponent, offset, smallest and best transfer in blocks
-            1,  # writeback
+            writeback,
             queues,
             MAX_RANGE_SECTORS, MAX_RANGES, physical_block_size // SECTOR,
             MAX_RANGE_SECTORS, MAX_RANGES,
@@ -102,12 +105,12 @@ class Blk(VirtioDevice):
             discard=self.accepted(DISCARD),
             write_zeroes=self.accepted(WRITE_ZEROES),
             # Without FLUSH the driver cannot flush: then every write must be on disk at once (5.2.6.2).
-            writeback=bool(self._config[WRITEBACK_AT]) if self.accepted(CONFIG_WCE) else self.accepted(FLUSH),
+            writeback=bool(self._config[WRITEBACK_AT]) and (self.accepted(CONFIG_WCE) or self.accepted(FLUSH)),
         )
 
     def was_reset(self) -> None:
-        """The cache mode is back at writeback."""
-        self.put_config(WRITEBACK_AT, b"\1", notify=False)
+        """The cache mode is back at the host's choice."""
+        self.put_config(WRITEBACK_AT, bytes([self._writeback]), notify=False)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         """Only `writeback` can be written, by a driver that accepted CONFIG_WCE."""

@@ -68,6 +68,7 @@ class VirtioDevice:
         self.queues = tuple(Queue(index, size) for index, size in enumerate(queue_sizes))
         self.config_generation = 0
         self.active = False
+        self.paused = False
         self.broken = False  # until reset: see needs_reset
         self.warn = GuestLog(log)
         self._config = bytearray(config)
@@ -205,7 +206,7 @@ class VirtioDevice:
         self._go()
 
     def _go(self) -> None:
-        if self.broken:
+        if self.broken or self.paused:
             return
         for worker in self.workers:
             worker.start()
@@ -222,6 +223,16 @@ class VirtioDevice:
         """Go on after `stop`, if the driver is ready."""
         if self.active:
             self._go()
+
+    def pause(self) -> None:
+        """Touch nothing from now on, whatever is activated or loaded meanwhile; the processors stand still."""
+        self.paused = True
+        self.stop()
+
+    def unpause(self) -> None:
+        """Go on after `pause`."""
+        self.paused = False
+        self.resume()
 
     def reset(self) -> None:
         """Back to the state after power-on (2.4); requests in flight are finished or dropped first."""

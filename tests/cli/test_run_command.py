@@ -260,6 +260,9 @@ def test_reader_that_goes_away_ends_the_run(running):
         (["{image}", "--fw-cfg", "justaname"], "NAME=FILE"),
         (["{image}", "--fw-cfg", "a={image}", "--fw-cfg", "a={image}"], "twice"),
         (["{image}", "--run", "true"], "stock Linux guests"),
+        (["{image}", "--load", "0x1000", "--disk", "d.img"], "needs its format named"),
+        (["{image}", "--load", "0x1000", "--net", "tap:t,mac=1"], "not the MAC address"),
+        (["{image}", "--load", "0x1000", "--hvc", "stdio"], "--hvc stdio needs --serial none"),
     ],
 )
 def test_contradictions_are_usage_errors(tmp_path, words, part):

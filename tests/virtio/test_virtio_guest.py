@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stock Debian kernels drive the devices: their own modules, ACPI, interrupts by irqfd, kicks by ioeventfd."""
 
-import os
 import re
 import shutil
 import socket
@@ -11,25 +10,20 @@ import threading
 
 import pytest
 
-from kvmpy import Machine, guests
-from kvmpy.arch import layout
+from kvmpy import Drive, Machine, guests
 from kvmpy.block import create_disk, open_disk
-from kvmpy.boot.acpi import AcpiConfig, SerialPort, VirtioMmio, write_acpi
 from kvmpy.chardev import Console
 from kvmpy.guests.init import parameters
-from kvmpy.irq import EventLine
-from kvmpy.machine import tables
-from kvmpy.virtio import Balloon, Blk, ConsoleDevice, MmioTransport, Net, PacketSocket, Port, Rng
+from kvmpy.virtio import PacketSocket, Port
 
 pytestmark = pytest.mark.guest
 
-GSIS = (5, 6, 7, 10, 11)
 MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console")
 TRIAL = """cat /sys/block/vda/serial; echo; mke2fs /dev/vda > /dev/null && mkdir /m && mount -t ext4 /dev/vda /m
 dd if=/dev/urandom of=/m/data bs=4096 count=300 2> /dev/null; umount /m
 mount -t ext4 /dev/vda /m; md5sum < /m/data; umount /m
 ip addr add 10.0.0.2/24 dev eth0; ip link set eth0 up; arping -c 3 -w 10 -f -I eth0 10.0.0.1
-head -c 32 /dev/hwrng | wc -c; echo through-hvc0 > /dev/hvc0; echo through-the-port > /dev/vport4p1; sync"""
+head -c 32 /dev/hwrng | wc -c; echo through-hvc0 > /dev/hvc0; echo through-the-port > /dev/vport2p1; sync"""
 
 
 def answer_arp(sock: socket.socket) -> None:
@@ -62,28 +56,17 @@ def backend_for_linux(request):
 
 @pytest.mark.parametrize("name", ["debian-6.1", pytest.param("debian-6.12", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", ["qcow2"])
-def test_linux_uses_every_device(name, format, backend_for_linux, tmp_path, monkeypatch):
+def test_linux_uses_every_device(name, format, backend_for_linux, tmp_path):
     guest = guests.find(name)
     if guest is None:
         pytest.skip(f"{name} is not in the cache: kvmpy guest get {name}")
-    places = [layout.VIRTIO_MMIO + index * layout.VIRTIO_MMIO_SIZE for index in range(len(GSIS))]
-
-    def write_tables(config, memory):
-        mmio = [VirtioMmio(base, layout.VIRTIO_MMIO_SIZE, gsi) for base, gsi in zip(places, GSIS, strict=True)]
-        serial = [SerialPort(layout.PORT_COM[0], layout.IRQ_COM[0])]
-        events = (layout.PORT_ACPI_EVENTS, layout.IRQ_SCI)
-        return write_acpi(
-            memory, AcpiConfig(apic_ids=range(config.cpus), serial=serial, events=events, virtio_mmio=mmio)
-        )
-
-    monkeypatch.setattr(tables, "write", write_tables)
     create_disk(tmp_path / "disk", format, 32 << 20)
     console, hvc, port = Console(), Console(), Console()
     backend, peer = PacketSocket.pair()
     host = threading.Thread(target=answer_arp, args=(peer,), daemon=True)
     host.start()
     with open_disk(tmp_path / "disk", format) as disk:
-        machine = Machine(
+        with Machine(
             kernel=guest.kernel,
             initrd=guest.initrd_modules,
             memory="256M",
@@ -91,29 +74,14 @@ def test_linux_uses_every_device(name, format, backend_for_linux, tmp_path, monk
             decompress=True,
             console=console,
             cmdline="console=ttyS0 nokaslr quiet " + parameters(TRIAL, modules=MODULES),
-        )
-        devices = [
-            Blk(disk, serial="kvmpy-disk"),
-            Net(backend),
-            Rng(),
-            Balloon(machine.vm.memory),
-            ConsoleDevice([Port(hvc, console=True), Port(port, "agent")], columns=80, rows=25),
-        ]
-        transports, fds = [], []
-        for device, base, gsi in zip(devices, places, GSIS, strict=True):
-            fds.append(os.eventfd(0, os.EFD_NONBLOCK))
-            machine.vm.irqfd(fds[-1], gsi)
-            transports.append(MmioTransport(device, machine.vm.memory, EventLine(fds[-1])))
-            machine.vm.mmio.add(base, transports[-1])
-            transports[-1].connect_kicks(machine.vm, base)
-        try:
-            outcome = machine.run(timeout=300)
-        finally:
-            for transport in transports:
-                transport.close()
-            machine.close()
-            for fd in fds:
-                os.close(fd)
+            disks=[Drive(disk, serial="kvmpy-disk")],
+            nets=[backend],
+            hvc=[Port(hvc, console=True), Port(port, "agent")],
+            rng=True,
+            balloon=True,
+        ) as machine:
+            outcome = machine.wait(timeout=300)
+            stats = machine.stats()["virtio"]
         assert outcome.reason == "poweroff", console.transcript[-2000:]
         text = console.transcript
         assert "kvmpy-disk" in text and "exit status 0" in text
@@ -122,7 +90,7 @@ def test_linux_uses_every_device(name, format, backend_for_linux, tmp_path, monk
         digest = re.search(r"^([0-9a-f]{32})  -\r?$", text, re.M)[1]
         hvc.expect("through-hvc0", timeout=1)
         port.expect("through-the-port", timeout=1)
-        assert devices[0].stats()["flushes"] > 0 and devices[0].stats()["errors"] == 0
+        assert stats["blk0"]["flushes"] > 0 and stats["blk0"]["errors"] == 0
         (tmp_path / "raw").write_bytes(disk.pread(0, disk.size))
     host.join(10)
     peer.close()

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network cards of a machine: where their packets go.
+
+A word names a kind of back end, what it is called, and options: "tap:tap0,mac=52:54:00:12:34:56", "user".
+`KINDS` has a function for each kind; options that are not the card's own go to that function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from kvmpy.errors import UnsupportedError
+from kvmpy.machine import words
+from kvmpy.virtio import Net, NetBackend, TapFd
+from kvmpy.virtio.net import parse_mac
+
+# open(name, options) -> back end; raises ValueError for wrong words, OSError when the host refuses.
+Open = Callable[[str, Mapping[str, str]], NetBackend]
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """A network card of a machine: `Nic("tap:tap0", mac="52:54:00:12:34:56")`.
+
+    backend: "tap:NAME" for a tap interface (needs the right to open it), "user" for a network without root, or an
+    object such as `virtio.TapFd` or `virtio.PacketSocket`, which is closed with the machine. mac: default a random one.
+    mtu: bytes, told to the guest. options: of the kind of back end.
+    """
+
+    backend: str | NetBackend
+    mac: str | None = None
+    mtu: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backend, str):
+            kind = self.backend.partition(":")[0]
+            if kind not in KINDS:
+                raise ValueError(f"a network is one of {', '.join(KINDS)}, not {self.backend!r}")
+        elif self.options:
+            raise ValueError(f"options {', '.join(self.options)} go with a back end that is given by name")
+        if self.mac is not None:
+            parse_mac(self.mac)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A card from "KIND[:NAME][,mac=M][,mtu=BYTES][,...]". Raises ValueError."""
+        backend, options = words.split(text)
+        known: dict[str, Callable[[str], object]] = {"mac": str, "mtu": int}
+        own = {key: options.pop(key) for key in known if key in options}
+        return cls(backend, options=options, **words.convert(text, own, known))
+
+    def open(self) -> NetBackend:
+        """Open the back end. Raises OSError, ValueError for options that it does not have, UnsupportedError."""
+        if not isinstance(self.backend, str):
+            return self.backend
+        kind, _, name = self.backend.partition(":")
+        return KINDS[kind](name, self.options)
+
+    def device(self, backend: NetBackend, name: str) -> Net:
+        """The virtio device for the open back end."""
+        return Net(backend, name=name, mac=self.mac, mtu=self.mtu)
+
+
+def _tap(name: str, options: Mapping[str, str]) -> NetBackend:
+    words.convert(f"tap:{name}", options, {})
+    return TapFd.open(name)
+
+
+def _user(name: str, options: Mapping[str, str]) -> NetBackend:
+    raise UnsupportedError("the user-mode network is not there yet; use tap:NAME")
+
+
+KINDS: Mapping[str, Open] = {"tap": _tap, "user": _user}

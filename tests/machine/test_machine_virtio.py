@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Virtio devices of a machine, with tiny guests: where they are, how they stop, what is closed when."""
+
+import io
+import os
+
+import pytest
+
+from kvmpy import Drive, Machine, UnsupportedError
+from kvmpy.arch import layout
+from kvmpy.block import create_disk, open_disk
+from kvmpy.chardev import Console
+from kvmpy.virtio import PacketSocket, Port, Rng
+from kvmpy.virtio.testing import Driver
+
+LONG = 30
+FOREVER = "ebfe"
+# 32-bit: mov eax,[0xd0000008] (DeviceID)  out 0xf4,al  hlt
+DEVICE_ID = "a1080000d0 e6f4 f4"
+
+
+@pytest.fixture
+def machine(backend):
+    """A factory of machines that run flat code; each is closed at the end."""
+    made = []
+
+    def make(code=FOREVER, **fields):
+        options = {"memory": "8M", "load_address": 0x10_0000, "backend": backend} | fields
+        made.append(Machine(kernel=io.BytesIO(bytes.fromhex(code)), **options))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        machine.close()
+
+
+@pytest.fixture
+def image(tmp_path):
+    create_disk(tmp_path / "disk", "qcow2", 1 << 20)
+    return tmp_path / "disk"
+
+
+def open_files():
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_the_guest_finds_the_device(machine, image):
+    assert machine(DEVICE_ID, disks=[f"{image},format=qcow2"]).run(timeout=LONG).code == 2 << 1 | 1
+
+
+def test_every_device_has_its_place_and_name(machine, image, tmp_path):
+    backend, peer = PacketSocket.pair()
+    m = machine(
+        disks=[Drive(image, "qcow2")],
+        nets=[backend],
+        hvc=[Port(Console(), console=True)],
+        rng=True,
+        balloon=True,
+        vsock=(3, tmp_path / "vsock"),
+        virtio=[lambda memory: Rng("another")],
+    )
+    names = ["blk0", "net0", "console", "rng", "balloon", "vsock", "another"]
+    assert [device.name for device in m.virtio.devices] == names == list(m.stats()["virtio"])
+    assert [place.gsi for place in m.virtio.slots.places] == [5, 6, 7, 10, 11, 16, 17]
+    for number, device in enumerate(m.virtio.devices):
+        base = layout.VIRTIO_MMIO + number * layout.VIRTIO_MMIO_SIZE
+        assert m.vm.mmio.read(base + 8, 4) == device.device_id
+    m.close()
+    m.close()
+    assert peer.recv(16) == b"", "the back end was closed"
+    assert not (tmp_path / "vsock").exists()
+    peer.close()
+
+
+def test_there_is_an_end_of_places(machine):
+    before = open_files()
+    with pytest.raises(ValueError, match="rng13: 13 virtio-mmio devices"):
+        machine(virtio=[lambda memory, n=n: Rng(f"rng{n}") for n in range(14)])
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("wrong", [{"nets": ["user"]}, {"shares": ["/srv"]}, {"virtio": [lambda memory: 1 / 0]}])
+def test_a_machine_that_cannot_be_made_leaves_nothing_open(machine, image, wrong):
+    before = open_files()
+    with pytest.raises((UnsupportedError, ZeroDivisionError)):
+        machine(disks=[f"{image},format=qcow2"], rng=True, **wrong)
+    assert open_files() == before
+    open_disk(image, "qcow2").close()
+
+
+def test_closing_writes_the_disk_and_lets_it_go(machine, image):
+    m = machine(disks=[f"{image},format=qcow2"])
+    driver = Driver(m.virtio.slots.transports[0], m.vm.memory, 0x20_0000)
+    driver.start()
+    header = (1).to_bytes(4, "little") + bytes(4) + (1).to_bytes(8, "little")
+    assert driver.queues[0].request([header, b"kvmpy" * 102 + b"ab"], [1]) == [b"\0"]
+    with pytest.raises(BlockingIOError):
+        open_disk(image, "qcow2")
+    assert m.stats()["virtio"]["blk0"]["writes"] == 1
+    m.close()
+    with open_disk(image, "qcow2") as disk:
+        assert disk.pread(512, 5) == b"kvmpy"
+
+
+def test_a_disk_of_the_caller_stays_open(machine, image):
+    with open_disk(image, "qcow2") as disk:
+        m = machine(disks=[disk])
+        m.close()
+        disk.pwrite(0, b"still open")
+
+
+def test_a_paused_machine_does_nothing(machine):
+    m = machine(rng=True)
+    driver = Driver(m.virtio.slots.transports[0], m.vm.memory, 0x20_0000)
+    m.start()
+    driver.start()
+    m.pause(LONG)
+    head = driver.queues[0].add([], [32])
+    driver.queues[0].kick()
+    m.virtio.devices[0].resume()  # as saving its state ends with
+    assert not any(worker.running for worker in m.virtio.devices[0].workers)
+    assert driver.queues[0].take() == []
+    m.resume()
+    driver.queues[0].wait(lambda: driver.queues[0].pending[head].written == 32)
+    m.stop()
+
+
+def test_kernels_without_acpi_are_told_on_the_command_line(machine):
+    slots = machine(rng=True, balloon=True).virtio.slots
+    assert slots.cmdline == ["virtio_mmio.device=4K@0xd0000000:5", "virtio_mmio.device=4K@0xd0001000:6"]
