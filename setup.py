@@ -72,7 +72,8 @@ EXTENSIONS = [
     software_cpu(),
     extension(
         "kvmpy.virtio._queue",
-        *(f"kvmpy/virtio/{name}.c" for name in ("queue", "serve_blk", "serve_net", "serve_rng")),
+        *(f"kvmpy/virtio/{name}.c" for name in ("queue", "queue_split", "queue_packed", "limit")),
+        *(f"kvmpy/virtio/{name}.c" for name in ("serve_blk", "serve_net", "serve_rng")),
         "kvmpy/block/disk.c",
         depends=("kvmpy/block/disk.h", "kvmpy/block/_disk.pxd"),
     ),

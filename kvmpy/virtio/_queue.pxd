@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from kvmpy.block._disk cimport disk, iovec
 
 cdef extern from "virtio/queue.h" nogil:
-    enum: VQ_MAX_SIZE
+    enum: VQ_MAX_SIZE, VQ_EVENT_IDX, VQ_INDIRECT, VQ_PACKED
     cdef struct vq_region:
         uint64_t gpa, size
         unsigned char *hva
@@ -22,23 +22,22 @@ cdef extern from "virtio/queue.h" nogil:
         uint64_t *gpa
     cdef struct vq:
         uint16_t size
-        bint event_idx, indirect
+        bint event_idx, indirect, packed
         uint64_t desc_gpa, avail_gpa, used_gpa
-        uint16_t next_avail, seen, next_used, published, signalled
-        bint signalled_valid
-        uint8_t *in_flight
         uint32_t in_flight_count
         const char *fault
         uint64_t fault_value
         uint32_t journal_count
         vq_range *journal
-        uint64_t chains, interrupts
+        uint64_t chains, interrupts, wait
         vq_chain scratch
     void vq_init(vq *)
     void vq_free(vq *)
-    int vq_configure(vq *, const vq_memory *, uint32_t, uint64_t, uint64_t, uint64_t, bint, bint)
+    int vq_configure(vq *, const vq_memory *, uint32_t, uint64_t, uint64_t, uint64_t, unsigned)
     int vq_remap(vq *, const vq_memory *)
     void vq_disable(vq *)
+    void vq_save(const vq *, uint16_t *, uint16_t *)
+    int vq_restore(vq *, uint16_t, uint16_t)
     int vq_fault(vq *, const char *, uint64_t)
     int vq_pop(vq *, vq_chain *)
     void vq_unpop(vq *, uint16_t)
@@ -50,6 +49,17 @@ cdef extern from "virtio/queue.h" nogil:
     size_t vq_read(const vq_chain *, uint64_t, void *, size_t)
     size_t vq_write(vq *, vq_chain *, uint64_t, const void *, size_t)
 
+cdef extern from "virtio/limit.h" nogil:
+    cdef struct rate:
+        uint64_t per_second, burst
+    cdef struct rate_limit:
+        rate bytes
+        rate ops
+        uint64_t throttled
+    void limit_init(rate_limit *)
+    void limit_set(rate_limit *, uint64_t, uint64_t, uint64_t, uint64_t)
+    uint64_t limit_take(rate_limit *, uint64_t)
+
 cdef extern from "virtio/serve.h" nogil:
     enum serve_result:
         SERVE_IDLE
@@ -57,12 +67,14 @@ cdef extern from "virtio/serve.h" nogil:
         SERVE_BLOCKED
         SERVE_GONE
         SERVE_FAULT
+        SERVE_LIMITED
     cdef struct blk_counts:
         uint64_t reads, read_bytes, writes, written_bytes, flushes, discards, zeroes, errors, unsupported
     cdef struct blk_server:
         disk *disk
         bint readonly, flush, discard, write_zeroes
         int writeback
+        rate_limit *limit
         char *serial
         int last_error
         blk_counts counts
@@ -73,6 +85,8 @@ cdef extern from "virtio/serve.h" nogil:
     cdef struct net_server:
         int fd
         bint vnet_header, mergeable, csum, tso4, tso6, ecn, ufo
+        rate_limit *transmit_limit
+        rate_limit *receive_limit
         int error
         size_t pending
         net_counts counts

@@ -22,6 +22,7 @@ from kvmpy.block._disk import as_core
 log = logging.getLogger("kvmpy.virtio")
 
 IDLE, MORE, BLOCKED, GONE, FAULT = SERVE_IDLE, SERVE_MORE, SERVE_BLOCKED, SERVE_GONE, SERVE_FAULT
+LIMITED = SERVE_LIMITED
 MAX_READ = 1 << 20  # what Chain.read takes at once: a chain may have 4 GiB
 
 
@@ -49,7 +50,7 @@ cdef class Regions:
 
 
 cdef class Queue:
-    """The device's side of one split virtqueue (virtio 1.2, 2.7).
+    """The device's side of one virtqueue (virtio 1.2, 2.7 and 2.8).
 
     index: its number in the device. max_size: entries, a power of two up to 32768.
     """
@@ -67,17 +68,19 @@ cdef class Queue:
     # -- configuration, by the transport
 
     def configure(self, guest, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used, *,
-                  bint event_idx=False, bint indirect=False):
+                  bint event_idx=False, bint indirect=False, bint packed=False):
         """Take rings at guest addresses `desc`, `avail`, `used` into use; False (see `fault`) when they cannot be.
 
-        guest: the GuestMemory. size: entries. event_idx, indirect: the negotiated features.
+        guest: the GuestMemory. size: entries. event_idx, indirect, packed: the negotiated features. Packed: `desc` is
+        the ring, `avail` and `used` the driver's and the device's event suppression (2.8.10).
         """
         self.disable()
         if size > self.max_size:
             vq_fault(&self.q, b"the queue size is larger than QueueSizeMax", size)
             return False
         cdef Regions memory = Regions(guest.regions)
-        cdef int result = vq_configure(&self.q, &memory.table, size, desc, avail, used, event_idx, indirect)
+        cdef unsigned flags = event_idx * VQ_EVENT_IDX | indirect * VQ_INDIRECT | packed * VQ_PACKED
+        cdef int result = vq_configure(&self.q, &memory.table, size, desc, avail, used, flags)
         if result == -12:  # ENOMEM
             raise MemoryError
         self.guest, self.memory = guest, memory
@@ -132,14 +135,24 @@ cdef class Queue:
         """(requests taken, interrupts asked for) since it was made."""
         return self.q.chains, self.q.interrupts
 
+    @property
+    def wait(self):
+        """Seconds until the rate limit lets the next request through, when `serve` said LIMITED."""
+        return self.q.wait / 1e9
+
     def save(self):
-        """Where the device is in the rings: next entry to take, next to give. Nothing may be staged."""
-        return self.q.next_avail, self.q.published
+        """Where the device is in the rings, 16 bits each: next entry to take, next to give. Nothing may be staged.
+
+        Packed: indices with the wrap counter in bit 15.
+        """
+        cdef uint16_t next_avail, next_used
+        vq_save(&self.q, &next_avail, &next_used)
+        return next_avail, next_used
 
     def restore(self, uint16_t next_avail, uint16_t next_used):
-        """Go on where `save` was."""
-        self.q.next_avail = self.q.seen = next_avail
-        self.q.next_used = self.q.published = self.q.signalled = next_used
+        """Go on where `save` was. Raises ValueError for places that the ring does not have."""
+        if vq_restore(&self.q, next_avail, next_used):
+            raise ValueError(f"queue {self.index} of {self.size} entries cannot be at {next_avail:#x}, {next_used:#x}")
 
     # -- requests
 
@@ -324,12 +337,35 @@ cdef class Chain:
         return f"<Chain {self.head}: {self.readable} readable, {self.writable} writable bytes>"
 
 
+cdef class Limiter:
+    """A rate limit (limit.h) that the queues of a device share; without rates it limits nothing."""
+
+    cdef rate_limit limit
+
+    def __cinit__(self):
+        limit_init(&self.limit)
+
+    def set(self, uint64_t bytes=0, uint64_t byte_burst=0, uint64_t ops=0, uint64_t op_burst=0):
+        """Rates per second (0: none) and bursts (0: what a tenth of a second allows); from any thread."""
+        limit_set(&self.limit, bytes, byte_burst, ops, op_burst)
+
+    def take(self, uint64_t bytes):
+        """May a request of so many bytes begin now? Seconds until it may; 0: it may, and is counted."""
+        return limit_take(&self.limit, bytes) / 1e9
+
+    @property
+    def throttled(self):
+        """Requests that had to wait."""
+        return self.limit.throttled
+
+
 cdef class BlkServer:
     """The data path of a block device (5.2.6) over a disk of `kvmpy.block`; keeps the disk from being closed."""
 
     cdef blk_server server
     cdef CoreDisk core
     cdef readonly object disk
+    cdef readonly Limiter limiter
 
     def __init__(self, disk, bytes serial=b""):
         """disk: a kvmpy.block Disk. serial: at most 20 bytes."""
@@ -345,6 +381,8 @@ cdef class BlkServer:
         self.core = core
         self.core.acquire()
         self.server.disk = self.core.ptr
+        self.limiter = Limiter()
+        self.server.limit = &self.limiter.limit
 
     def close(self):
         """Let go of the disk."""
@@ -384,7 +422,7 @@ cdef class BlkServer:
         return dict(self.server.counts)
 
     def serve(self, Queue queue not None):
-        """Work off a batch; one of IDLE, MORE, FAULT."""
+        """Work off a batch; one of IDLE, MORE, FAULT, LIMITED."""
         cdef serve_result result
         if self.core is None:
             raise StateError("the disk was let go")
@@ -400,10 +438,19 @@ cdef class NetServer:
     """The data path of a network device (5.1.6) over a descriptor with one frame per read and write."""
 
     cdef net_server server
+    cdef Limiter to_guest, from_guest
 
-    def __init__(self, int fd, *, bint vnet_header=False):
-        """fd: non-blocking, stays the caller's. vnet_header: frames on it carry struct virtio_net_hdr (12 bytes)."""
+    def __init__(self, int fd, *, bint vnet_header=False, Limiter receive=None, Limiter transmit=None):
+        """fd: non-blocking, stays the caller's. vnet_header: frames on it carry struct virtio_net_hdr (12 bytes).
+
+        receive, transmit: limits for the two directions.
+        """
         memset(&self.server, 0, sizeof(self.server))
+        self.to_guest, self.from_guest = receive, transmit
+        if receive is not None:
+            self.server.receive_limit = &receive.limit
+        if transmit is not None:
+            self.server.transmit_limit = &transmit.limit
         self.server.fd = fd
         self.server.vnet_header = vnet_header
 
@@ -429,7 +476,7 @@ cdef class NetServer:
         return dict(self.server.counts)
 
     def transmit(self, Queue queue not None):
-        """Send a batch of the driver's packets; IDLE, MORE, BLOCKED, GONE or FAULT."""
+        """Send a batch of the driver's packets; IDLE, MORE, BLOCKED, LIMITED, GONE or FAULT."""
         cdef serve_result result
         queue.begin()
         queue.busy += 1

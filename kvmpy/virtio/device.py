@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from kvmpy.devices.base import GuestLog, StateReader, byte_lanes
+from kvmpy.errors import StateError
 from kvmpy.virtio import features as f
-from kvmpy.virtio._queue import BLOCKED, FAULT, GONE, IDLE, MORE, Queue
+from kvmpy.virtio._queue import BLOCKED, FAULT, GONE, IDLE, LIMITED, MORE, Queue
 from kvmpy.virtio.worker import IN, Worker
 
 log = logging.getLogger("kvmpy.virtio")
@@ -92,7 +93,7 @@ class VirtioDevice:
         """Work off a batch of queue `index`, in its worker: pop, work, push.
 
         Returns IDLE (nothing left), MORE (call again), BLOCKED (a watched descriptor will call
-        `serve_queue`), GONE (the back end ended) or FAULT.
+        `serve_queue`), LIMITED (nothing for `queue.wait` seconds), GONE (the back end ended) or FAULT.
         """
         raise NotImplementedError
 
@@ -148,6 +149,9 @@ class VirtioDevice:
             self.finish(queue)
             if queue.fault is not None or result in (FAULT, GONE, BLOCKED) or not worker.running:
                 return
+            if result == LIMITED:
+                worker.later(index, queue.wait, lambda: self.serve_queue(index))
+                return
             if result == IDLE and not queue.want_kicks():
                 return
         self.kick(index)  # others first
@@ -181,6 +185,14 @@ class VirtioDevice:
         self.needs_reset(f"{type(error).__name__}: {error}")
 
     # -- for transports
+
+    def offer(self, features: int) -> None:
+        """Offer these features of rings too, such as `features.RING_PACKED`; before the driver looks."""
+        if features & ~(f.COMMON | f.RING_PACKED):
+            raise ValueError(f"{self.name}: features {features:#x} are not of rings")
+        if self.driver_features:
+            raise StateError(f"{self.name} is in use")
+        self.features |= features
 
     def attach(self, transport: Transport) -> None:
         """The transport to tell; a device has one. Raises ValueError for a second one."""
@@ -292,4 +304,4 @@ class VirtioDevice:
         return f"<{type(self).__name__} {self.name}{' active' if self.active else ''}>"
 
 
-__all__ = ["BLOCKED", "FAULT", "GONE", "IDLE", "MORE", "Queue", "Transport", "VirtioDevice"]
+__all__ = ["BLOCKED", "FAULT", "GONE", "IDLE", "LIMITED", "MORE", "Queue", "Transport", "VirtioDevice"]

@@ -218,6 +218,7 @@ class MmioTransport:
             registers.used,
             event_idx=bool(self._driver_features & f.EVENT_IDX),
             indirect=bool(self._driver_features & f.INDIRECT_DESC),
+            packed=bool(self._driver_features & f.RING_PACKED),
         )
         if not registers.ready:
             self.device.needs_reset(f"queue {index}: {queue.fault}")
@@ -398,7 +399,8 @@ class MmioTransport:
             registers.was_reset = bool(was_reset)
             if ready and not self._configure(index):
                 raise ValueError(f"{self.name}: saved queue {index}: {self.device.queues[index].fault}")
-            self.device.queues[index].restore(next_avail, next_used)
+            if ready:
+                self.device.queues[index].restore(next_avail, next_used)
 
     def __repr__(self) -> str:
         return f"<MmioTransport {self.device!r} status {self._status:#x}>"

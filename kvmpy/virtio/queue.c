@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Split virtqueues, virtio 1.2 section 2.7; see queue.h. The host is little endian, as the rings are.
+ * What both ring formats have in common; see queue.h. The host is little endian, as the rings are.
  */
-#include "queue.h"
+#include "queue_parts.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -12,31 +12,8 @@
 #error "virtio rings are little endian and read as they are"
 #endif
 
-#define NO_INTERRUPT 1u /* avail.flags, 2.7.6 */
-#define NO_NOTIFY 1u    /* used.flags, 2.7.8 */
 #define MAX_CHAIN (1ull << 32)
-
-struct desc { /* 2.7.5 */
-    uint64_t addr;
-    uint32_t len;
-    uint16_t flags, next;
-};
-
-/* Index and flag words are single accesses: a torn index is an index out of nowhere. */
-static inline uint16_t load16(const unsigned char *p)
-{
-    return __atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE);
-}
-
-static inline void store16(unsigned char *p, uint16_t value)
-{
-    __atomic_store_n((uint16_t *)p, value, __ATOMIC_RELEASE);
-}
-
-static inline uint16_t ring_load(const unsigned char *p)
-{
-    return __atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED);
-}
+#define IDS 65536u /* a packed ring's buffer ids are any 16 bits (2.8.13) */
 
 /* ---- memory */
 
@@ -76,11 +53,14 @@ void vq_disable(struct vq *q)
     free(q->in_flight);
     free(q->table);
     vq_chain_free(&q->scratch);
-    q->in_flight = q->table = NULL;
+    q->in_flight = NULL;
+    q->table = NULL;
     q->size = 0;
     q->desc = q->avail = q->used = NULL;
     q->next_avail = q->seen = q->next_used = q->published = q->signalled = 0;
     q->signalled_valid = q->silent = false;
+    q->take = q->give = q->first = (struct vq_place){0, true}; /* 2.8.1 */
+    q->staged = q->unsignalled = q->ahead = q->slots = 0;
     q->in_flight_count = q->journal_count = 0;
     q->fault = NULL;
     q->fault_value = 0;
@@ -104,9 +84,9 @@ int vq_remap(struct vq *q, const struct vq_memory *memory)
 {
     uint64_t n = q->size;
     q->memory = memory;
-    q->desc = vq_host(memory, q->desc_gpa, 16 * n, false);
-    q->avail = vq_host(memory, q->avail_gpa, 6 + 2 * n, false);
-    q->used = vq_host(memory, q->used_gpa, 6 + 8 * n, true);
+    q->desc = vq_host(memory, q->desc_gpa, 16 * n, q->packed);
+    q->avail = vq_host(memory, q->avail_gpa, q->packed ? 4 : 6 + 2 * n, false);
+    q->used = vq_host(memory, q->used_gpa, q->packed ? 4 : 6 + 8 * n, true);
     if (q->desc && q->avail && q->used)
         return 0;
     vq_fault(q, "a ring is not in guest RAM", !q->desc ? q->desc_gpa : !q->avail ? q->avail_gpa : q->used_gpa);
@@ -114,26 +94,32 @@ int vq_remap(struct vq *q, const struct vq_memory *memory)
 }
 
 int vq_configure(struct vq *q, const struct vq_memory *memory, uint32_t size, uint64_t desc, uint64_t avail,
-                 uint64_t used, bool event_idx, bool indirect)
+                 uint64_t used, unsigned flags)
 {
+    bool packed = flags & VQ_PACKED;
     vq_disable(q);
-    if (!size || size > VQ_MAX_SIZE || (size & (size - 1))) {
-        vq_fault(q, "the queue size is no power of two up to 32768", size);
+    if (!size || size > VQ_MAX_SIZE) {
+        vq_fault(q, "the queue size is not 1 to 32768", size);
         return -EINVAL;
     }
-    if (desc & 15 || avail & 1 || used & 3) {
-        vq_fault(q, "a ring is not aligned", desc & 15 ? desc : avail & 1 ? avail : used);
+    if (!packed && size & (size - 1)) {
+        vq_fault(q, "the size of a split queue is no power of two", size);
         return -EINVAL;
     }
-    q->in_flight = calloc(size, 1);
+    if (desc & 15 || avail & (packed ? 3 : 1) || used & 3) {
+        vq_fault(q, "a ring is not aligned", desc & 15 ? desc : avail & (packed ? 3 : 1) ? avail : used);
+        return -EINVAL;
+    }
+    q->in_flight = calloc(packed ? IDS : size, sizeof(*q->in_flight));
     q->table = malloc(16 * (size_t)size);
     if (!q->in_flight || !q->table || vq_chain_init(&q->scratch, size)) {
         vq_disable(q);
         return -ENOMEM;
     }
     q->size = size;
-    q->event_idx = event_idx;
-    q->indirect = indirect;
+    q->event_idx = flags & VQ_EVENT_IDX;
+    q->indirect = flags & VQ_INDIRECT;
+    q->packed = packed;
     q->desc_gpa = desc;
     q->avail_gpa = avail;
     q->used_gpa = used;
@@ -141,6 +127,27 @@ int vq_configure(struct vq *q, const struct vq_memory *memory, uint32_t size, ui
     if (result)
         q->size = 0;
     return result;
+}
+
+void vq_save(const struct vq *q, uint16_t *next_avail, uint16_t *next_used)
+{
+    *next_avail = q->packed ? q->take.index | q->take.wrap << 15 : q->next_avail;
+    *next_used = q->packed ? q->give.index | q->give.wrap << 15 : q->published;
+}
+
+int vq_restore(struct vq *q, uint16_t next_avail, uint16_t next_used)
+{
+    if (!q->packed) {
+        q->next_avail = q->seen = next_avail;
+        q->next_used = q->published = q->signalled = next_used;
+        return 0;
+    }
+    struct vq_place take = {next_avail & 0x7fff, next_avail >> 15}, give = {next_used & 0x7fff, next_used >> 15};
+    if (take.index >= q->size || give.index >= q->size)
+        return -EINVAL;
+    q->take = take;
+    q->give = give;
+    return 0;
 }
 
 /* ---- chains */
@@ -165,10 +172,9 @@ void vq_chain_free(struct vq_chain *chain)
     memset(chain, 0, sizeof(*chain));
 }
 
-static int add_buffer(struct vq *q, struct vq_chain *chain, const struct desc *d)
+int vq_add_buffer(struct vq *q, struct vq_chain *chain, uint64_t gpa, uint32_t len, bool write)
 {
-    bool write = d->flags & VQ_DESC_WRITE;
-    uint64_t gpa = d->addr, left = d->len;
+    uint64_t left = len;
     if (!left)
         return vq_fault(q, "a buffer of length 0", gpa);
     if (gpa + left - 1 < gpa)
@@ -203,116 +209,101 @@ static int add_buffer(struct vq *q, struct vq_chain *chain, const struct desc *d
     return 0;
 }
 
-/* 2.7.5.3: the table is copied whole, so that what is checked is what is used. */
-static int walk_indirect(struct vq *q, struct vq_chain *chain, const struct desc *outer, uint32_t seen)
+int vq_indirect_table(struct vq *q, uint64_t gpa, uint32_t len, uint32_t most)
 {
-    uint32_t count = outer->len / 16;
     if (!q->indirect)
-        return vq_fault(q, "an indirect table that was not negotiated", outer->addr);
-    if (outer->flags & VQ_DESC_NEXT)
-        return vq_fault(q, "a descriptor with INDIRECT and NEXT", outer->addr);
-    if (!outer->len || outer->len % 16)
-        return vq_fault(q, "an indirect table of odd length", outer->len);
-    if (count > q->size - seen)
-        return vq_fault(q, "an indirect table with more entries than the queue", count);
-    const unsigned char *table = vq_host(q->memory, outer->addr, outer->len, false);
+        return vq_fault(q, "an indirect table that was not negotiated", gpa);
+    if (!len || len % 16)
+        return vq_fault(q, "an indirect table of odd length", len);
+    if (len / 16 > most)
+        return vq_fault(q, "an indirect table with more entries than the queue", len / 16);
+    const unsigned char *table = vq_host(q->memory, gpa, len, false);
     if (!table)
-        return vq_fault(q, "an indirect table is not in guest memory", outer->addr);
-    memcpy(q->table, table, outer->len);
-    __asm__ volatile("" ::: "memory"); /* the copy, not the original, from here on */
-    for (uint32_t index = 0, steps = 0;; steps++) {
-        struct desc d;
-        if (steps == count)
-            return vq_fault(q, "a loop in an indirect table", outer->addr);
-        memcpy(&d, q->table + 16 * (size_t)index, sizeof(d));
-        if (d.flags & ~(VQ_DESC_NEXT | VQ_DESC_WRITE))
-            return vq_fault(q, d.flags & VQ_DESC_INDIRECT ? "a nested indirect table" : "unknown descriptor flags", d.flags);
-        if (add_buffer(q, chain, &d))
-            return -1;
-        if (!(d.flags & VQ_DESC_NEXT))
-            return 0;
-        if (d.next >= count)
-            return vq_fault(q, "next points outside the indirect table", d.next);
-        index = d.next;
-    }
-}
-
-static int walk(struct vq *q, struct vq_chain *chain, uint16_t head)
-{
-    uint16_t index = head;
-    for (uint32_t steps = 0;; steps++) {
-        struct desc d;
-        if (steps == q->size)
-            return vq_fault(q, "a loop of descriptors", head);
-        memcpy(&d, q->desc + 16 * (size_t)index, sizeof(d));
-        __asm__ volatile("" ::: "memory"); /* the copy, not the original, from here on */
-        if (d.flags & ~(VQ_DESC_NEXT | VQ_DESC_WRITE | VQ_DESC_INDIRECT))
-            return vq_fault(q, "unknown descriptor flags", d.flags);
-        if (d.flags & VQ_DESC_INDIRECT)
-            return walk_indirect(q, chain, &d, steps);
-        if (add_buffer(q, chain, &d))
-            return -1;
-        if (!(d.flags & VQ_DESC_NEXT))
-            return 0;
-        if (d.next >= q->size)
-            return vq_fault(q, "next points outside the descriptor table", d.next);
-        index = d.next;
-    }
+        return vq_fault(q, "an indirect table is not in guest memory", gpa);
+    copy_in(q->table, table, len);
+    return len / 16;
 }
 
 int vq_pop(struct vq *q, struct vq_chain *chain)
 {
     if (!q->size || q->fault)
         return q->fault ? -1 : 0;
-    uint16_t idx = load16(q->avail + 2); /* acquire: the entries up to it are there */
-    q->seen = idx;
-    uint16_t waiting = idx - q->next_avail;
-    if (!waiting)
-        return 0;
-    if (waiting > q->size)
-        return vq_fault(q, "avail.idx is ahead by more than the queue size", idx);
-    uint16_t head = ring_load(q->avail + 4 + 2 * (size_t)(q->next_avail & (q->size - 1)));
-    if (head >= q->size)
-        return vq_fault(q, "the available ring names a descriptor beyond the table", head);
-    if (q->in_flight[head])
-        return vq_fault(q, "a descriptor is made available twice", head);
-    chain->head = head;
     chain->reads = chain->writes = 0;
     chain->read_size = chain->write_size = chain->written = 0;
-    if (walk(q, chain, head))
-        return -1;
-    q->in_flight[head] = 1;
-    q->in_flight_count++;
-    q->next_avail++;
-    q->chains++;
-    return 1;
+    int got = q->packed ? packed_pop(q, chain) : split_pop(q, chain);
+    if (got == 1) {
+        q->in_flight_count++;
+        q->chains++;
+    }
+    return got;
+}
+
+static uint16_t taken(const struct vq *q, uint16_t head)
+{
+    return q->size && (q->packed || head < q->size) ? q->in_flight[head] : 0;
 }
 
 void vq_unpop(struct vq *q, uint16_t head)
 {
-    if (q->size && head < q->size && q->in_flight[head]) {
-        q->in_flight[head] = 0;
-        q->in_flight_count--;
+    uint16_t slots = taken(q, head);
+    if (!slots)
+        return;
+    q->in_flight[head] = 0;
+    q->in_flight_count--;
+    q->chains--;
+    if (q->packed)
+        packed_unpop(q, slots);
+    else
         q->next_avail--;
-        q->chains--;
-    }
 }
 
 /* ---- giving back */
 
 bool vq_push(struct vq *q, uint16_t head, uint64_t written)
 {
-    if (!q->size || head >= q->size || !q->in_flight[head] || q->fault)
+    uint16_t slots = taken(q, head);
+    uint32_t length = written > UINT32_MAX ? UINT32_MAX : (uint32_t)written;
+    if (!slots || q->fault)
         return false;
-    uint32_t element[2] = {head, written > UINT32_MAX ? UINT32_MAX : (uint32_t)written};
-    memcpy(q->used + 4 + 8 * (size_t)(q->next_used & (q->size - 1)), element, sizeof(element));
     q->in_flight[head] = 0;
     q->in_flight_count--;
-    q->next_used++;
+    if (q->packed)
+        packed_push(q, head, slots, length);
+    else
+        split_push(q, head, length);
     return true;
 }
 
-static void journal(struct vq *q, uint64_t gpa, uint64_t size)
+void vq_publish(struct vq *q)
+{
+    if (q->size)
+        q->packed ? packed_publish(q) : split_publish(q);
+}
+
+bool vq_wants_interrupt(struct vq *q)
+{
+    if (!q->size)
+        return false;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* what was used must be out before the driver's wish is read */
+    bool wanted = q->packed ? packed_wants_interrupt(q) : split_wants_interrupt(q);
+    q->interrupts += wanted;
+    return wanted;
+}
+
+void vq_no_kicks(struct vq *q)
+{
+    if (q->size)
+        q->packed ? packed_no_kicks(q) : split_no_kicks(q);
+}
+
+bool vq_want_kicks(struct vq *q)
+{
+    if (!q->size || q->fault)
+        return false;
+    return q->packed ? packed_want_kicks(q) : split_want_kicks(q);
+}
+
+void vq_journal(struct vq *q, uint64_t gpa, uint64_t size)
 {
     if (q->journal_count) {
         struct vq_range *last = &q->journal[q->journal_count - 1];
@@ -336,66 +327,6 @@ bool vq_journal_full(const struct vq *q)
     return q->journal_count > VQ_JOURNAL / 2;
 }
 
-void vq_publish(struct vq *q)
-{
-    if (!q->size || q->published == q->next_used)
-        return;
-    store16(q->used + 2, q->next_used); /* release: elements and data are there first */
-    q->published = q->next_used;
-    journal(q, q->used_gpa, 6 + 8 * (uint64_t)q->size);
-}
-
-bool vq_wants_interrupt(struct vq *q)
-{
-    if (!q->size)
-        return false;
-    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* used.idx must be out before the driver's wish is read */
-    uint16_t old = q->signalled, new = q->published;
-    bool valid = q->signalled_valid;
-    if (valid && old == new)
-        return false;
-    if (!valid && !new)
-        return false;
-    q->signalled = new;
-    q->signalled_valid = true;
-    bool wanted;
-    if (q->event_idx) {
-        uint16_t event = load16(q->avail + 4 + 2 * (size_t)q->size); /* used_event, 2.7.7.2 */
-        wanted = !valid || (uint16_t)(new - event - 1) < (uint16_t)(new - old);
-    } else {
-        wanted = !(load16(q->avail) & NO_INTERRUPT);
-    }
-    q->interrupts += wanted;
-    return wanted;
-}
-
-/* ---- kicks, 2.7.10 */
-
-void vq_no_kicks(struct vq *q)
-{
-    if (q->size && !q->event_idx && !q->silent) {
-        store16(q->used, NO_NOTIFY); /* a hint: not worth a mark of its own */
-        q->silent = true;
-    }
-}
-
-bool vq_want_kicks(struct vq *q)
-{
-    if (!q->size || q->fault)
-        return false;
-    if (q->event_idx)
-        store16(q->used + 4 + 8 * (size_t)q->size, q->seen); /* avail_event */
-    else if (q->silent)
-        store16(q->used, 0);
-    q->silent = false;
-    journal(q, q->used_gpa, 6 + 8 * (uint64_t)q->size);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* the wish must be out before we look for the last time */
-    uint16_t idx = load16(q->avail + 2);
-    bool more = idx != q->seen;
-    q->seen = idx; /* once per change: a device that wants no buffers now must not be asked for ever */
-    return more;
-}
-
 /* ---- copies */
 
 static size_t copy(const struct iovec *iov, uint32_t count, uint64_t offset, char *data, size_t size, bool out)
@@ -416,6 +347,25 @@ static size_t copy(const struct iovec *iov, uint32_t count, uint64_t offset, cha
     return done;
 }
 
+int vq_slice(const struct iovec *iov, uint32_t count, uint64_t skip, uint64_t size, struct iovec *out, int room)
+{
+    int n = 0;
+    for (uint32_t i = 0; i < count && size; i++) {
+        if (skip >= iov[i].iov_len) {
+            skip -= iov[i].iov_len;
+            continue;
+        }
+        uint64_t length = iov[i].iov_len - skip;
+        length = length < size ? length : size;
+        if (n == room)
+            return -1;
+        out[n++] = (struct iovec){(char *)iov[i].iov_base + skip, length};
+        size -= length;
+        skip = 0;
+    }
+    return n;
+}
+
 size_t vq_read(const struct vq_chain *chain, uint64_t offset, void *to, size_t size)
 {
     return copy(chain->iov, chain->reads, offset, to, size, false);
@@ -432,7 +382,7 @@ void vq_written(struct vq *q, struct vq_chain *chain, uint64_t offset, uint64_t 
             continue;
         }
         uint64_t n = length - offset < size ? length - offset : size;
-        journal(q, chain->gpa[i] + offset, n);
+        vq_journal(q, chain->gpa[i] + offset, n);
         size -= n;
         offset = 0;
     }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The device's side of a split virtqueue (virtio 1.2, 2.7), without Python.
+ * The device's side of a virtqueue without Python: split (virtio 1.2, 2.7) in queue_split.c, packed (2.8) in queue_packed.c.
  *
  * Everything in guest memory is hostile and changes while we look: a descriptor is copied once and the copy is checked,
  * a chain is accepted or refused as a whole, every loop is bounded by the queue size. What a guest gets wrong is a
@@ -17,12 +17,17 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#define VQ_MAX_SIZE 32768u /* 2.7: the largest queue */
+#define VQ_MAX_SIZE 32768u /* 2.7, 2.8.10.1: the largest queue */
 #define VQ_JOURNAL 512u    /* written ranges that are kept apart until they are told */
 
 #define VQ_DESC_NEXT 1u
 #define VQ_DESC_WRITE 2u
 #define VQ_DESC_INDIRECT 4u
+
+/* What was negotiated about a ring. */
+#define VQ_EVENT_IDX 1u
+#define VQ_INDIRECT 2u
+#define VQ_PACKED 4u
 
 /* Guest memory as it was when the table was made; sorted by address, never changed. Whoever holds it keeps it mapped. */
 struct vq_region {
@@ -42,7 +47,7 @@ struct vq_range {
 
 /* A request: `reads` buffers for the device to read, after them `writes` buffers for it to write. */
 struct vq_chain {
-    uint16_t head;
+    uint16_t head; /* the first descriptor (split), the buffer id (packed): names the request until it is pushed */
     uint32_t reads, writes, room;
     uint64_t read_size, write_size;
     uint64_t written; /* bytes from the start of the writable part that the device has written */
@@ -50,21 +55,38 @@ struct vq_chain {
     uint64_t *gpa; /* of each iov */
 };
 
+/* A place in a packed ring: wraps at the queue size, and then its counter flips (2.8.1). */
+struct vq_place {
+    uint16_t index;
+    bool wrap;
+};
+
 struct vq {
     const struct vq_memory *memory;
-    uint16_t size;             /* 0: not configured */
-    bool event_idx, indirect;  /* as negotiated */
-    bool silent;               /* EVENT_IDX off: we asked for no kicks */
+    uint16_t size;                    /* 0: not configured */
+    bool event_idx, indirect, packed; /* as negotiated */
+    bool silent;                      /* we asked for no kicks */
     uint64_t desc_gpa, avail_gpa, used_gpa;
-    unsigned char *desc, *avail, *used;
+    unsigned char *desc, *avail, *used; /* packed: the ring, the driver's and the device's event suppression */
 
+    /* split: counters that wrap at 65536 */
     uint16_t next_avail;       /* the next entry of the available ring to take */
     uint16_t seen;             /* avail.idx when we last looked */
     uint16_t next_used;        /* where the next used element goes; staged beyond `published` */
     uint16_t published;        /* used.idx as the driver sees it */
     uint16_t signalled;        /* used.idx at the last decision about an interrupt */
     bool signalled_valid;
-    uint8_t *in_flight;        /* a byte per head: taken and not yet given back */
+
+    /* packed */
+    struct vq_place take, give; /* the next descriptor to take, and where the next used one goes */
+    struct vq_place first;      /* of the staged used descriptors: its flags are stored last */
+    uint16_t first_flags;
+    uint32_t staged;            /* slots of staged used descriptors */
+    uint32_t unsignalled;       /* slots used since the last decision about an interrupt */
+    uint32_t ahead;             /* available slots behind `take` that we have seen */
+    uint32_t slots;             /* that requests in flight take of the ring */
+
+    uint16_t *in_flight;       /* per head or id: ring slots of a request that was taken and not yet given back */
     uint32_t in_flight_count;
     unsigned char *table;      /* room for a private copy of an indirect table */
 
@@ -74,17 +96,21 @@ struct vq {
     uint32_t journal_count;
     struct vq_range journal[VQ_JOURNAL];
     uint64_t chains, interrupts;
+    uint64_t wait;             /* SERVE_LIMITED: nanoseconds until the next request may begin */
     struct vq_chain scratch;   /* for the C devices */
 };
 
 void vq_init(struct vq *);
 void vq_free(struct vq *);
-/* Take addresses into use. Returns 0, -EINVAL (`fault` says why) or -ENOMEM. */
+/* Take addresses into use; `flags`: VQ_*. Returns 0, -EINVAL (`fault` says why) or -ENOMEM. */
 int vq_configure(struct vq *, const struct vq_memory *, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used,
-                 bool event_idx, bool indirect);
+                 unsigned flags);
 int vq_remap(struct vq *, const struct vq_memory *); /* guest memory changed; -EINVAL: the rings are gone */
 void vq_disable(struct vq *);
 int vq_fault(struct vq *, const char *text, uint64_t value); /* -> -1 */
+/* Where the device is, in 16 bits each; packed: the index, and the wrap counter in bit 15. */
+void vq_save(const struct vq *, uint16_t *next_avail, uint16_t *next_used);
+int vq_restore(struct vq *, uint16_t next_avail, uint16_t next_used); /* -EINVAL: cannot be */
 
 int vq_chain_init(struct vq_chain *, uint32_t size);
 void vq_chain_free(struct vq_chain *);
@@ -102,6 +128,8 @@ size_t vq_read(const struct vq_chain *, uint64_t offset, void *to, size_t size);
 size_t vq_write(struct vq *, struct vq_chain *, uint64_t offset, const void *from, size_t size);
 /* The device wrote [offset, offset + size) of the writable part by itself. */
 void vq_written(struct vq *, struct vq_chain *, uint64_t offset, uint64_t size);
+/* Bytes [skip, skip + size) of `count` pieces as pieces of their own. Returns how many, -1: more than `room`. */
+int vq_slice(const struct iovec *, uint32_t count, uint64_t skip, uint64_t size, struct iovec *out, int room);
 bool vq_journal_full(const struct vq *);
 unsigned char *vq_host(const struct vq_memory *, uint64_t gpa, uint64_t size, bool write); /* one region, or NULL */
 

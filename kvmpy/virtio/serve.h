@@ -7,6 +7,7 @@
 #define KVMPY_VIRTIO_SERVE_H
 
 #include "../block/disk.h"
+#include "limit.h"
 #include "queue.h"
 
 #define SERVE_REQUESTS 64         /* a batch ends after so many requests ... */
@@ -18,6 +19,7 @@ enum serve_result {
     SERVE_BLOCKED, /* the back end takes or gives nothing now */
     SERVE_GONE,    /* the back end ended: `error` says how */
     SERVE_FAULT,   /* the driver broke the rules: vq.fault */
+    SERVE_LIMITED, /* the rate limit lets nothing through for vq.wait nanoseconds */
 };
 
 uint64_t serve_clock(void);
@@ -31,6 +33,7 @@ struct blk_server {
     struct disk *disk;
     bool readonly, flush, discard, write_zeroes; /* what was negotiated */
     int writeback;                               /* 0: every write is flushed before it completes; atomic */
+    struct rate_limit *limit;                    /* NULL: none */
     char serial[20];
     int last_error;                              /* errno of the last failed request; atomic */
     struct blk_counts counts;
@@ -40,6 +43,7 @@ enum serve_result blk_serve(struct vq *, struct blk_server *);
 
 /* virtio 1.2, 5.1 */
 #define NET_HEADER 12             /* struct virtio_net_hdr with num_buffers, 5.1.6 */
+#define NET_MAX_BUFFERS 1024      /* of one frame */
 #define NET_MAX_FRAME 65562       /* 65535 bytes of IP, Ethernet and VLAN headers, and room */
 
 struct net_counts {
@@ -50,11 +54,14 @@ struct net_server {
     int fd;             /* one frame per read and write; non-blocking */
     bool vnet_header;   /* frames on fd carry the header */
     bool mergeable, csum, tso4, tso6, ecn, ufo; /* what was negotiated for the driver's packets */
+    struct rate_limit *transmit_limit, *receive_limit; /* NULL: none */
     int error;          /* errno, when SERVE_GONE */
     size_t pending;     /* a received frame that found no buffers: its bytes with header, 0: none */
+    bool admitted;      /* ... and the rate limit let it through */
     struct net_counts counts;
     unsigned char frame[NET_HEADER + NET_MAX_FRAME];
-    uint16_t heads[1024];
+    uint16_t heads[NET_MAX_BUFFERS]; /* of a frame that goes into several buffers */
+    uint32_t written[NET_MAX_BUFFERS];
 };
 
 enum serve_result net_transmit(struct vq *, struct net_server *);

@@ -35,26 +35,6 @@ uint64_t serve_clock(void)
     return now.tv_sec * 1000000000ull + now.tv_nsec;
 }
 
-/* Bytes [skip, skip + size) of `count` pieces. Returns how many pieces, -1: too many. */
-static int part(const struct iovec *iov, uint32_t count, uint64_t skip, uint64_t size, struct iovec *out)
-{
-    int n = 0;
-    for (uint32_t i = 0; i < count && size; i++) {
-        if (skip >= iov[i].iov_len) {
-            skip -= iov[i].iov_len;
-            continue;
-        }
-        uint64_t length = iov[i].iov_len - skip;
-        length = length < size ? length : size;
-        if (n == MAX_PIECES)
-            return -1;
-        out[n++] = (struct iovec){(char *)iov[i].iov_base + skip, length};
-        size -= length;
-        skip = 0;
-    }
-    return n;
-}
-
 static bool inside(const struct blk_server *blk, uint64_t sector, uint64_t bytes)
 {
     uint64_t size = __atomic_load_n(&blk->disk->size, __ATOMIC_RELAXED);
@@ -81,8 +61,8 @@ static int transfer(struct vq *q, struct blk_server *blk, struct vq_chain *chain
     bool in = header->type == T_IN;
     if (size % 512 || !inside(blk, header->sector, size) || (!in && blk->readonly))
         return S_IOERR;
-    int count = in ? part(chain->iov + chain->reads, chain->writes, 0, size, iov)
-                   : part(chain->iov, chain->reads, sizeof(*header), size, iov);
+    int count = in ? vq_slice(chain->iov + chain->reads, chain->writes, 0, size, iov, MAX_PIECES)
+                   : vq_slice(chain->iov, chain->reads, sizeof(*header), size, iov, MAX_PIECES);
     if (count < 0)
         return S_IOERR;
     int result = in ? disk_preadv(blk->disk, iov, count, header->sector * 512)
@@ -159,6 +139,12 @@ static int request(struct vq *q, struct blk_server *blk, struct vq_chain *chain,
     }
 }
 
+/* What counts against a limit of bytes. */
+static uint64_t payload(const struct vq_chain *chain, const struct header *header)
+{
+    return header->type == T_IN ? chain->write_size - 1 : header->type == T_OUT ? chain->read_size - sizeof(*header) : 0;
+}
+
 enum serve_result blk_serve(struct vq *q, struct blk_server *blk)
 {
     struct vq_chain *chain = &q->scratch;
@@ -173,6 +159,11 @@ enum serve_result blk_serve(struct vq *q, struct blk_server *blk)
             return SERVE_FAULT;
         }
         vq_read(chain, 0, &header, sizeof(header));
+        q->wait = blk->limit ? limit_take(blk->limit, payload(chain, &header)) : 0;
+        if (q->wait) {
+            vq_unpop(q, chain->head);
+            return SERVE_LIMITED;
+        }
         uint8_t status = request(q, blk, chain, &header);
         if (status == S_IOERR)
             ADD(errors, 1);

@@ -66,6 +66,11 @@ enum serve_result net_transmit(struct vq *q, struct net_server *net)
             vq_push(q, chain->head, 0);
             continue;
         }
+        q->wait = limit_take(net->transmit_limit, frame);
+        if (q->wait) {
+            vq_unpop(q, chain->head);
+            return SERVE_LIMITED;
+        }
         /* The header from our copy: it is what was checked. */
         int count = 0;
         uint64_t skip = NET_HEADER;
@@ -85,7 +90,7 @@ enum serve_result net_transmit(struct vq *q, struct net_server *net)
         while (sent < 0 && errno == EINTR);
         if (sent < 0 && (errno == EAGAIN || errno == ENOBUFS)) {
             vq_unpop(q, chain->head);
-            return SERVE_BLOCKED;
+            return SERVE_BLOCKED; /* the limit has counted it: it is sent a little late */
         }
         if (sent < 0 && (errno == EPIPE || errno == ECONNRESET || errno == ECONNREFUSED || errno == ENOTCONN
                          || errno == EBADFD)) {
@@ -106,53 +111,52 @@ enum serve_result net_transmit(struct vq *q, struct net_server *net)
     return SERVE_MORE;
 }
 
+/* Where the bytes of num_buffers are in the first buffer of a frame. */
+static void find_count(const struct vq_chain *chain, unsigned char *count_at[2])
+{
+    uint64_t at = 10;
+    for (uint32_t i = 0, found = 0; i < chain->writes && found < 2; i++) {
+        for (; found < 2 && at < chain->iov[i].iov_len; at++)
+            count_at[found++] = (unsigned char *)chain->iov[i].iov_base + at;
+        at -= chain->iov[i].iov_len;
+    }
+}
+
 /* Put the pending frame into buffers. 1: done, 0: not enough buffers now, -1: fault. */
 static int deliver(struct vq *q, struct net_server *net)
 {
     struct vq_chain *chain = &q->scratch;
     unsigned char *count_at[2] = {NULL, NULL};
-    uint16_t next_used = q->next_used, taken = 0;
+    uint16_t taken = 0;
     size_t done = 0;
-    const uint32_t most = q->size < 1024 ? q->size : 1024;
+    const uint32_t most = !net->mergeable ? 1 : q->size < NET_MAX_BUFFERS ? q->size : NET_MAX_BUFFERS;
     while (done < net->pending) {
         int got = taken == most ? 0 : vq_pop(q, chain);
         if (got < 0)
             return -1;
-        if (!got || (taken && !net->mergeable)) {
-            /* Not enough. If these are all buffers there can be, it will never fit. */
-            bool never = taken == most || (taken && !net->mergeable);
-            if (got)
-                vq_unpop(q, chain->head);
-            q->next_used = next_used;
-            while (taken) {
-                uint16_t head = net->heads[--taken];
-                q->in_flight[head] = 1; /* the staged elements are void: give the requests back, last first */
-                q->in_flight_count++;
-                vq_unpop(q, head);
-            }
-            if (never) {
-                ADD(rx_dropped, 1);
-                net->pending = 0;
-                return 1;
-            }
-            return 0;
+        if (!got) {
+            /* Not enough: give the buffers back, last first. If these are all there can be, it will never fit. */
+            bool never = taken == most;
+            while (taken)
+                vq_unpop(q, net->heads[--taken]);
+            if (!never)
+                return 0;
+            ADD(rx_dropped, 1);
+            net->pending = 0;
+            return 1;
         }
         if (chain->reads || chain->write_size < (taken ? 1 : NET_HEADER)) {
             vq_fault(q, "a receive buffer that cannot hold a packet header", chain->write_size);
             return -1;
         }
-        if (!taken) {
-            uint64_t at = 10; /* of num_buffers */
-            for (uint32_t i = 0, b = 0; i < chain->writes && b < 2; i++) {
-                for (; b < 2 && at < chain->iov[i].iov_len; at++)
-                    count_at[b++] = (unsigned char *)chain->iov[i].iov_base + at;
-                at -= chain->iov[i].iov_len;
-            }
-        }
+        if (!taken)
+            find_count(chain, count_at);
         done += vq_write(q, chain, 0, net->frame + done, net->pending - done);
-        net->heads[taken++] = chain->head;
-        vq_push(q, chain->head, chain->written);
+        net->heads[taken] = chain->head;
+        net->written[taken++] = chain->written;
     }
+    for (uint16_t i = 0; i < taken; i++)
+        vq_push(q, net->heads[i], net->written[i]);
     if (count_at[0])
         *count_at[0] = net->mergeable ? taken & 0xFF : 1;
     if (count_at[1])
@@ -190,6 +194,13 @@ enum serve_result net_receive(struct vq *q, struct net_server *net)
                 continue;
             }
             net->pending = size + skip;
+            net->admitted = false;
+        }
+        if (!net->admitted) {
+            q->wait = limit_take(net->receive_limit, net->pending - NET_HEADER);
+            if (q->wait)
+                return SERVE_LIMITED;
+            net->admitted = true; /* once, though it may have to wait for buffers */
         }
         int done = deliver(q, net);
         if (done < 0)

@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger("kvmpy.virtio")
@@ -27,6 +28,7 @@ class Worker:
         self._name = name
         self._failed = failed
         self._calls: dict[int, Callable[[], object]] = {}
+        self._later: dict[int, tuple[float, Callable[[], object]]] = {}
         self._thread: threading.Thread | None = None
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -45,6 +47,10 @@ class Worker:
         if self._calls.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    def later(self, key: int, seconds: float, call: Callable[[], object]) -> None:
+        """Call `call()` once after so many seconds, to a millisecond; in the worker. Again for `key` changes it."""
+        self._later[key] = (time.monotonic() + seconds, call)
+
     def start(self) -> None:
         """Begin to serve; again is no error."""
         if self.running:
@@ -62,22 +68,41 @@ class Worker:
             os.eventfd_write(self._wake, 1)
             thread.join()
             self._thread = None
+        self._later.clear()  # whoever starts us again kicks every queue
 
     def poll(self, timeout: float = 0) -> bool:
         """Wait up to `timeout` seconds (-1: for ever) and make the calls that are due; were there any?"""
+        if self._later:
+            until = max(0.0, min(due for due, _ in self._later.values()) - time.monotonic())
+            timeout = until if timeout < 0 else min(until, timeout)
         ready = self._epoll.poll(timeout)
         for fd, _ in ready:
             if fd == self._wake:
                 os.eventfd_read(fd)
                 continue
             call = self._calls.get(fd)
-            if call is None or not self.running:
-                continue
-            try:
-                call()
-            except Exception as error:
-                self._failed(error)
-        return bool(ready)
+            if call is not None:
+                self._do(call)
+        return self._do_what_is_due() or bool(ready)
+
+    def _do(self, call: Callable[[], object]) -> None:
+        if not self.running:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._failed(error)
+
+    def _do_what_is_due(self) -> bool:
+        if not self._later:
+            return False
+        now = time.monotonic()
+        due = [key for key, (when, _) in self._later.items() if when <= now]
+        for key in due:
+            entry = self._later.pop(key, None)
+            if entry is not None:  # a call before it may have stopped us
+                self._do(entry[1])
+        return bool(due)
 
     def _run(self) -> None:
         while self.running:

@@ -211,6 +211,7 @@ def test_statistics(balloon):
     assert balloon.device.stats()["guest_free_memory"] == 1000
 
 
+@pytest.mark.split_ring
 def test_reported_pages(balloon):
     driver = balloon.start(bal.PAGE_REPORTING)
     queue = driver.queues[2]  # without statistics the numbering has no gap

@@ -277,9 +277,12 @@ def case_19_block_requests(r):
 
 
 CASES = {name: case for name, case in globals().items() if name.startswith("case_")}
+SPLIT_ONLY = {"case_08_index_ahead", "case_10_same_head_twice"}  # test_packed_ring.py has their like
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.split_ring) if name in SPLIT_ONLY else name for name in CASES]
+)
 def test_a_hostile_driver_of_a_block_device(name, threaded):
     with Hostile(threaded) as rig:
         before = rig.canary()

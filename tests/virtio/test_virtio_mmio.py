@@ -4,6 +4,7 @@
 import os
 
 import pytest
+import virtio_rig
 from virtio_rig import HEAP, Rig
 
 import kvmpy
@@ -43,7 +44,7 @@ def rig(threaded):
 
 def test_identity(rig):
     assert [rig.driver.read(offset) for offset in (0, 4, 8)] == [0x7472_6976, 2, 42]
-    assert rig.driver.offered() == 0b101 | f.COMMON
+    assert rig.driver.offered() == 0b101 | f.COMMON | (f.RING_PACKED if virtio_rig.PACKED else 0)
     rig.driver.write(0x14, 2)
     assert rig.driver.read(0x10) == 0
     assert [rig.driver.read(offset) for offset in (0xB0, 0xB4, 0xB8, 0xBC)] == [0xFFFF_FFFF] * 4

@@ -8,6 +8,7 @@ import hashlib
 from kvmpy.irq import NullLine
 from kvmpy.memory import GuestMemory, Ram
 from kvmpy.virtio import MmioTransport, VirtioDevice
+from kvmpy.virtio import features as f
 from kvmpy.virtio.testing import Driver
 
 MIB = 1 << 20
@@ -17,6 +18,7 @@ ROM = 8 * MIB  # 64 KiB, read-only
 HIGH = 1 << 32  # 1 MiB
 HEAP = 2 * MIB
 HEAP_END = 3 * MIB
+PACKED = False  # set by the fixture `ring`: drivers use packed rings
 TOP = (1 << 64) - 4096  # the last page of the address space is not memory
 
 
@@ -31,6 +33,8 @@ def guest_memory(wrote=None) -> GuestMemory:
 class Rig:
     def __init__(self, device: VirtioDevice, memory: GuestMemory | None = None) -> None:
         self.device = device
+        if PACKED:
+            device.offer(f.RING_PACKED)
         self.memory = memory if memory is not None else guest_memory()
         self.line = NullLine()
         self.transport = MmioTransport(device, self.memory, self.line)
@@ -51,7 +55,7 @@ class Rig:
         return digest.digest()
 
     def start(self, wanted: int = 0, size: int | None = None, only=None) -> Driver:
-        self.driver.start(wanted, size, only=only)
+        self.driver.start(wanted | (f.RING_PACKED if PACKED else 0), size, only=only)
         return self.driver
 
     def close(self) -> None:
