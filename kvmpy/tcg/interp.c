@@ -164,6 +164,7 @@ _Noreturn void cpu_fault_full(struct cpu *c, const struct uop *u, unsigned vecto
         longjmp(c->escape, ESCAPE_STOP);
     }
     c->stat.faults++;
+    c->budget--; /* a handler that faults at its first instruction for ever must come to an end of the budget too */
     c->exc.vector = (uint8_t)vector;
     c->exc.has_error = has_error;
     c->exc.error = code;

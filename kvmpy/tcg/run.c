@@ -178,6 +178,7 @@ static long check_before(struct vcpu *vcpu, const struct signals *signals, bool 
 static enum tcg_stop enter(struct vcpu *vcpu)
 {
     run_enter_epoch(vcpu);
+    ticker_unpark(vcpu->vm);
     if (unlikely(atomic_load(&vcpu->events) & EVENT_CLOCK)) {
         atomic_fetch_and(&vcpu->events, ~EVENT_CLOCK);
         kvmclock_update(vcpu);
@@ -265,7 +266,7 @@ long run_vcpu(struct vcpu *vcpu)
     struct signals signals;
     vcpu->has_run = true;
     vcpu->run->flags = 0;
-    ticker_unpark(vcpu->vm);
+    ticker_start(vcpu->vm);
     signals_block(vcpu, &signals);
     run_enter_epoch(vcpu);
     long result = exit_load(vcpu);

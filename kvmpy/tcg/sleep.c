@@ -21,7 +21,7 @@
 #include "vm.h"
 
 #define TICK_NS 10000000
-#define IDLE_TICKS 50 /* then the ticker parks until a vCPU runs */
+#define IDLE_TICKS 50 /* then the ticker parks until a vCPU runs guest code */
 
 /* The kernel's sigset_t: bit n-1 is signal n. glibc's own signals (32, 33) stay open, or setuid() elsewhere hangs. */
 #define SIGNAL(n) (1ull << ((n) - 1))
@@ -71,9 +71,17 @@ bool sleep_until_woken(struct vcpu *vcpu, const struct signals *signals, bool (*
 
 /* ---- the ticker ---- */
 
-static void park(struct ticker *ticker)
+/* Nobody may be left without a ticker: a vCPU makes its epoch odd and then looks at `parked`, the ticker sets `parked`
+ * and then looks at the epochs, so one of them sees the other. */
+static void park(struct tcg_vm *vm)
 {
+    struct ticker *ticker = &vm->ticker;
     atomic_store(&ticker->parked, 1);
+    for (unsigned i = 0; i < TCG_MAX_CPUS; i++) {
+        struct vcpu *vcpu = atomic_load(&vm->vcpu[i]);
+        if (vcpu && (atomic_load(&vcpu->epoch) & 1))
+            atomic_store(&ticker->parked, 0);
+    }
     while (atomic_load(&ticker->parked) && !atomic_load(&ticker->stopping))
         syscall(SYS_futex, &ticker->parked, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
 }
@@ -95,7 +103,7 @@ static void *ticker_thread(void *opaque)
         }
         idle = busy ? 0 : idle + 1;
         if (idle >= IDLE_TICKS) {
-            park(&vm->ticker);
+            park(vm);
             idle = 0;
         }
         nanosleep(&(struct timespec){.tv_nsec = TICK_NS}, NULL);
@@ -103,10 +111,12 @@ static void *ticker_thread(void *opaque)
     return NULL;
 }
 
-/* With the first KVM_RUN: a VM that never runs needs no thread. */
-static void start(struct tcg_vm *vm)
+/* With the first KVM_RUN: a VM that never runs needs no thread. Outside epochs, for it takes vm.lock. */
+void ticker_start(struct tcg_vm *vm)
 {
     sigset_t all, old;
+    if (likely(atomic_load_explicit(&vm->ticker.started, memory_order_acquire)))
+        return;
     pthread_mutex_lock(&vm->lock);
     if (!atomic_load(&vm->ticker.started)) {
         sigfillset(&all);
@@ -118,11 +128,10 @@ static void start(struct tcg_vm *vm)
     pthread_mutex_unlock(&vm->lock);
 }
 
+/* In an epoch, each time guest code is entered: a long sleep inside one KVM_RUN parks the ticker. */
 void ticker_unpark(struct tcg_vm *vm)
 {
-    if (!atomic_load_explicit(&vm->ticker.started, memory_order_acquire))
-        start(vm);
-    if (atomic_load(&vm->ticker.parked) && atomic_exchange(&vm->ticker.parked, 0))
+    if (unlikely(atomic_load(&vm->ticker.parked)) && atomic_exchange(&vm->ticker.parked, 0))
         syscall(SYS_futex, &vm->ticker.parked, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 

@@ -333,6 +333,7 @@ void signals_restore(const struct signals *signals);
 bool signals_pending(const struct signals *signals);
 bool sleep_until_woken(struct vcpu *vcpu, const struct signals *signals, bool (*awake)(struct vcpu *)); /* false: a signal */
 void ticker_stop(struct tcg_vm *vm);
+void ticker_start(struct tcg_vm *vm);
 void ticker_unpark(struct tcg_vm *vm);
 
 #endif
