@@ -2,7 +2,7 @@
 """Virtio devices of a machine, with tiny guests: where they are, how they stop, what is closed when."""
 
 import io
-import os
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +41,7 @@ def image(tmp_path):
 
 
 def open_files():
-    return set(os.listdir("/proc/self/fd"))
+    return set(Path("/proc/self/fd").iterdir())
 
 
 def test_the_guest_finds_the_device(machine, image):
