@@ -93,6 +93,8 @@ def add_parser(commands: Any) -> None:
     machine.add_argument("--rng", action="store_true", help="a source of entropy for the guest")
     machine.add_argument("--triple-fault", choices=("error", "reset"), default="error",
                          help="a triple fault is a failure (default) or a reset")  # fmt: skip
+    machine.add_argument("--testdev", action="store_true",
+                         help="the device that hypervisor test programs expect (kvm-unit-tests)")  # fmt: skip
 
     disks = parser.add_argument_group("disks, networks, folders (each may be repeated; a comma in a path is doubled)")
     disks.add_argument("--disk", metavar="PATH[,KEY=VALUE...]", action="append", default=[],
@@ -210,6 +212,7 @@ def _config(options: argparse.Namespace) -> Config:
             debugcon=debugcon,
             fw_cfg=inputs.fw_cfg(options.fw_cfg),
             triple_fault=options.triple_fault,
+            testdev=options.testdev,
             disks=options.disk,
             nets=[word for word in options.net if word != "none"],
             shares=options.share,

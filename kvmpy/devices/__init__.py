@@ -21,6 +21,7 @@ from kvmpy.devices.debugcon import DebugCon
 from kvmpy.devices.fw_cfg import FwCfg
 from kvmpy.devices.i8042 import I8042
 from kvmpy.devices.no_pci import NoPci
+from kvmpy.devices.pc_testdev import PcTestdev
 from kvmpy.devices.port92 import Port92
 from kvmpy.devices.post import PostCode
 from kvmpy.devices.reset_control import ResetControl
@@ -37,6 +38,7 @@ __all__ = [
     "FwCfg",
     "GenericEvents",
     "NoPci",
+    "PcTestdev",
     "Port92",
     "PostCode",
     "ResetControl",

@@ -9,6 +9,7 @@
     0x092           system control port A
     0x0E9 0x402     debug console
     0x0F4           debug exit
+    0x0E0-0x0E8 0x2000  the test device, where the configuration wants it
     0x3F8-0x3FF     COM1                        IRQ 4
     0x510-0x51B     fw_cfg
     0x600-0x601     ACPI sleep registers
@@ -33,6 +34,7 @@ from kvmpy.devices import (
     FwCfg,
     GenericEvents,
     NoPci,
+    PcTestdev,
     Port92,
     PostCode,
     ResetControl,
@@ -60,6 +62,7 @@ class Board:
         clock: Clock,
         console: CharBackend,
         debugcon: CharBackend | None,
+        testdev: bool,
         end: Callable[[Outcome], None],
         failed: Callable[[BaseException], None],
     ) -> None:
@@ -89,5 +92,17 @@ class Board:
             (layout.PORT_ACPI_EVENTS, self.events),
             (layout.PORT_PCI_ADDRESS, NoPci(ResetControl(reset))),
         ]
+        if testdev:
+            self._add_testdev(vm)
         for port, device in self.devices:
             vm.pio.add(port, device)
+
+    def _add_testdev(self, vm: Vm) -> None:
+        parts = PcTestdev([GsiLine(vm, gsi) for gsi in range(layout.IOAPIC_PINS)])
+        self.devices += [
+            (layout.PORT_TESTDEV_LATCH, parts.latch),
+            (layout.PORT_TESTDEV_FLUSH, parts.flush),
+            (layout.PORT_TESTDEV_BYTES, parts.latch_bytes),
+            (layout.PORT_TESTDEV_LINES, parts.lines),
+        ]
+        vm.mmio.add(layout.TESTDEV_MEMORY, parts.memory)

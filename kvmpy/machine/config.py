@@ -48,7 +48,8 @@ class Config:
     load_address, entry, mode: how to load an image that does not say it itself. acpi: make ACPI tables.
     huge_pages: None, "thp", "2M" or "1G". console: where COM1 goes (default a `Console` in memory);
     debugcon: where port 0xE9 and SeaBIOS's 0x402 go. fw_cfg: extra files for firmware. floppy: an image that
-    SeaBIOS boots from memory. triple_fault: "error" or "reset", what a triple fault means.
+    SeaBIOS boots from memory. triple_fault: "error" or "reset", what a triple fault means. testdev: the device
+    that hypervisor test programs expect (`kvmpy.devices.PcTestdev`).
 
     Virtio devices: disks: each a `Drive`, an open `kvmpy.block.Disk`, or text such as "root.qcow2,format=qcow2".
     nets: each a `Nic`, a `virtio.NetBackend`, or text such as "tap:tap0". shares: each a `Share` or text. hvc: where
@@ -78,6 +79,7 @@ class Config:
     debugcon: CharBackend | None = None
     fw_cfg: Mapping[str, bytes] = field(default_factory=dict)
     triple_fault: str = "error"
+    testdev: bool = False
     clock: Clock = field(default_factory=HostClock)
     disks: Sequence[Drive | Disk | str] = ()
     nets: Sequence[Nic | NetBackend | str] = ()

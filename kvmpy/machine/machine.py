@@ -24,6 +24,8 @@ from kvmpy.vcpu import Outcome, State
 from kvmpy.vm import Vm
 
 PICS = ((0, 0x08), (1, 0x70))  # KVM_IRQCHIP_PIC_MASTER and _SLAVE with the BIOS's interrupt vectors
+# Their masks for the test programs: those in real mode raise line 11 without a word to the PIC before.
+TESTDEV_OPEN = (0xFF & ~(1 << 2), 0xFF & ~(1 << 11 - 8))
 PIT_SPEAKER_DUMMY = 1  # KVM_PIT_SPEAKER_DUMMY: the PIT answers port 0x61 too (api.rst 4.72)
 
 
@@ -51,6 +53,7 @@ class Machine:
                 clock=config.clock,
                 console=self._console,
                 debugcon=config.debugcon,
+                testdev=config.testdev,
                 end=self.vm.stop,
                 failed=self._device_failed,
             )
@@ -191,6 +194,8 @@ class Machine:
             for number, base in PICS:
                 chip = vm.get_irqchip(number)
                 chip.pic.imr, chip.pic.irq_base = 0xFF, base
+                if self.config.testdev:
+                    chip.pic.imr = TESTDEV_OPEN[number]
                 vm.set_irqchip(chip)
 
     def _add_memory(self) -> None:
