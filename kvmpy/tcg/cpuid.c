@@ -78,7 +78,10 @@ uint32_t cpu_supported_cpuid(struct kvm_cpuid_entry2 *e, uint32_t max)
     ENTRY(4, 3, indexed, 0, 0, 0, 0);
     ENTRY(5, 0, 0, 0, 0, 0, 0);
     ENTRY(6, 0, 0, 4, 0, 0, 0); /* ARAT */
-    ENTRY(7, 0, indexed, 0, feature_bits(7, 0, 1), feature_bits(7, 0, 2), feature_bits(7, 0, 3) | 1u << 29); /* ARCH_CAPABILITIES */
+    /* Speculation controls, see ARCH_CAPABILITIES_NO in msr.c: IBRS and IBPB, STIBP, ARCH_CAPABILITIES, SSBD; then BHI_CTRL, MCDT_NO */
+    ENTRY(7, 0, indexed, 2, feature_bits(7, 0, 1), feature_bits(7, 0, 2), feature_bits(7, 0, 3) | 1u << 26 | 1u << 27 | 1u << 29 | 1u << 31);
+    ENTRY(7, 1, indexed, 0, 0, 0, 0);
+    ENTRY(7, 2, indexed, 0, 0, 0, 1u << 4 | 1u << 5);
     ENTRY(0xb, 0, indexed, 0, 1, 0x100, 0);
     ENTRY(0xb, 1, indexed, 0, 1, 0x201, 0);
     if (announced(FEAT_XSAVE)) {

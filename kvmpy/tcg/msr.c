@@ -45,9 +45,14 @@ enum { MSR_OK = 0, MSR_FAULT = 1, MSR_UNKNOWN = -1 };
 
 #define MTRR_PAIRS 8u
 #define MTRRCAP (MTRR_PAIRS | 1u << 8 | 1u << 10) /* fixed ranges, write combining */
-/* IA32_ARCH_CAPABILITIES: an interpreter does not speculate, so none of the "vulnerable unless" bits is missing:
- * RDCL, IBRS_ALL, L1DFL, SSB, MDS, IF_PSCHANGE_MC, TAA, SBDR_SSDP, FBSDP, PSDP, BHI, GDS, RFDS. */
-#define ARCH_CAPABILITIES_NO (1ull | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15 | 1 << 20 | 1 << 26 | 1 << 27)
+/* IA32_ARCH_CAPABILITIES: nothing here speculates on behalf of the guest, so none of the "vulnerable unless" bits is missing:
+ * RDCL, IBRS_ALL, L1DFL, SSB, MDS, IF_PSCHANGE_MC, TAA, SBDR_SSDP, FBSDP, PSDP, BHI, PBRSB, GDS, RFDS, ITS. Linux wants to
+ * see the controls in IA32_SPEC_CTRL besides (CPUID 7), else it clears a branch history by a loop at every system call. They
+ * are kept and change nothing. */
+#define ARCH_CAPABILITIES_NO                                                                                            \
+    (1ull | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15 | 1 << 20 | 1 << 24 | 1 << 26 | \
+     1 << 27 | 1ull << 62)
+#define SPEC_CTRL_BITS (7ull | 1 << 10) /* IBRS, STIBP, SSBD; BHI_DIS_S */
 
 bool msr_feature(uint32_t index, __u64 *value)
 {
@@ -374,8 +379,10 @@ int msr_write(struct vcpu *vcpu, uint32_t index, uint64_t value, bool host)
     case IA32_SPEC_CTRL:
         if (!host && !cpuid_bit(vcpu, 7, CPUID_EDX, 26))
             return MSR_UNKNOWN;
-        vcpu->msr.spec_ctrl = value & 7;
-        return value & ~7ull ? MSR_FAULT : MSR_OK;
+        if (value & ~SPEC_CTRL_BITS)
+            return MSR_FAULT;
+        vcpu->msr.spec_ctrl = value;
+        return MSR_OK;
     case IA32_PRED_CMD:
         return (host || cpuid_bit(vcpu, 7, CPUID_EDX, 26)) && !(value & ~1ull) ? MSR_OK : MSR_FAULT;
     case IA32_MTRRCAP: case IA32_PERF_STATUS: case EBC_FREQUENCY_ID: return host ? MSR_OK : MSR_FAULT; /* read only */
