@@ -101,9 +101,10 @@ def add_parser(commands: Any) -> None:
                        help="a disk: format=raw|qcow2|vdi|vmdk|nbd (needed unless the image stays as it is), "
                        "readonly=on, overlay=memory|FOLDER (writes go there and are forgotten), serial=S, "
                        "follow=FOLDER (files there may be backing files), cache=writeback|writethrough|unsafe, "
-                       "discard=off, queues=N")  # fmt: skip
+                       "discard=off, queues=N, bps=BYTES and iops=N (per second), bps_burst=, iops_burst=")  # fmt: skip
     disks.add_argument("--net", metavar="KIND[:NAME][,KEY=VALUE...]", action="append", default=[],
-                       help="a network card: none, user, or tap:NAME; mac=M, mtu=BYTES")  # fmt: skip
+                       help="a network card: none, user, or tap:NAME; mac=M, mtu=BYTES, bps=, iops= "
+                       "(bytes, frames per second in each direction)")  # fmt: skip
     disks.add_argument("--share", metavar="FOLDER[,KEY=VALUE...]", action="append", default=[],
                        help="a folder of the host: tag=TAG, readonly=on")  # fmt: skip
 

@@ -4,37 +4,26 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from kvmpy.arch.layout import GIB, KIB, MIB
+from kvmpy.arch.layout import MIB
 from kvmpy.block import Disk
 from kvmpy.chardev import CharBackend
 from kvmpy.clock import Clock, HostClock
 from kvmpy.machine.drives import Drive
 from kvmpy.machine.nics import Nic
 from kvmpy.machine.shares import Share
+from kvmpy.machine.words import parse_size as parse_size
 from kvmpy.memory import GuestMemory, HugePages
 from kvmpy.virtio import NetBackend, Port, VirtioDevice
 
 Path = str | os.PathLike[str]
 Module = Path | tuple[Path, str]
 
-_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": GIB << 10}
 SMALLEST = MIB
 MOST_CPUS = 254  # xAPIC ids 0..254, 255 is broadcast
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes from a number or "512M"-like text (K, M, G, T are powers of 1024). Raises ValueError."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"a size is a number with K, M, G or T behind it, such as 512M, not {text!r}")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,8 @@ from typing import Self
 from kvmpy.block import Disk, Follow, open_disk, open_overlay
 from kvmpy.block.formats import FORMATS
 from kvmpy.machine import words
-from kvmpy.virtio import Blk
+from kvmpy.virtio import Blk, RateLimit
+from kvmpy.virtio.limits import NONE
 
 Path = str | os.PathLike[str]
 
@@ -30,7 +31,8 @@ class Drive:
     stays as it is. serial: up to 20 characters, in Linux /sys/block/vda/serial. cache: "writeback"; "writethrough",
     every write is on the host's disk before it completes; "unsafe", flushes wait for nothing. follow: folders whose
     files the image may name (backing files, extents). discard: freed space goes back to the host. queues: each has a
-    thread. on_error(errno): called when the host could not do a request; the guest gets an I/O error.
+    thread. limit: how fast it may be. on_error(errno): called when the host could not do a request; the guest gets an
+    I/O error.
     """
 
     image: Path | Disk
@@ -42,6 +44,7 @@ class Drive:
     follow: Sequence[Path] = ()
     discard: bool = True
     queues: int = 1
+    limit: RateLimit = NONE
     on_error: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +66,8 @@ class Drive:
     @classmethod
     def parse(cls, text: str) -> Self:
         """A drive from "PATH[,format=F][,readonly=on][,overlay=memory|FOLDER][,serial=S][,cache=C][,follow=FOLDER]
-        [,discard=off][,queues=N]"; a comma in a path is doubled. Raises ValueError.
+        [,discard=off][,queues=N][,bps=BYTES][,iops=N][,bps_burst=BYTES][,iops_burst=N]"; a comma in a path is doubled.
+        Raises ValueError.
         """
         path, options = words.split(text)
         if not path:
@@ -72,7 +76,8 @@ class Drive:
             "format": str, "readonly": words.switch, "overlay": str, "serial": str, "cache": str,
             "follow": lambda folder: (folder,), "discard": words.switch, "queues": int,
         }  # fmt: skip
-        return cls(path, **words.convert(text, options, known))
+        limit = words.take_limit(text, options)
+        return cls(path, limit=limit, **words.convert(text, options, known))
 
     def open(self) -> Disk:
         """Open the image (and its overlay). Raises what `kvmpy.block.open_disk` raises."""
@@ -108,5 +113,6 @@ class Drive:
             readonly=self.readonly or None,
             queues=self.queues,
             writeback=self.cache != "writethrough",
+            limit=self.limit,
             on_error=self.on_error,
         )

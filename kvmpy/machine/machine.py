@@ -19,6 +19,7 @@ from kvmpy.machine import tables
 from kvmpy.machine.board import Board
 from kvmpy.machine.config import Config
 from kvmpy.machine.firmware import describe_machine, load_firmware
+from kvmpy.machine.stats import Counters, Stats
 from kvmpy.machine.virtio import Virtio
 from kvmpy.vcpu import Outcome, State
 from kvmpy.vm import Vm
@@ -63,6 +64,8 @@ class Machine:
             self.virtio = Virtio(config, self.vm)
             undo.callback(self.virtio.close)
             self._add_vcpus()
+            self._counters = Counters(self.vm, self.virtio)
+            undo.callback(self._counters.close)
             self.entry = self._load()
             self.vm.vcpus[0].enter(self.entry)
             undo.pop_all()
@@ -86,16 +89,12 @@ class Machine:
         """Why this engine was taken."""
         return self.vm.kvm.reason
 
-    def stats(self) -> dict[str, Any]:
-        """Live counters: exits by kind for each vCPU, instructions assisted, virtio devices by name, and accesses that
-        no device answered.
+    def stats(self) -> Stats:
+        """Live counters of everything: processors, engine, devices, disks, memory; see `kvmpy.machine.stats.Stats`.
+
+        `machine.stats().prometheus()` is the same as text for Prometheus.
         """
-        return {
-            "exits": {vcpu.id: dict(vcpu.exit_counts) for vcpu in self.vm.vcpus},
-            "assist": dict(self.vm.assist.counts),
-            "virtio": self.virtio.stats(),
-            "unclaimed": {"pio": self.vm.pio.unclaimed_total, "mmio": self.vm.mmio.unclaimed_total},
-        }
+        return self._counters.collect()
 
     # Life cycle
 
@@ -162,6 +161,7 @@ class Machine:
             closing.callback(self._console.close)
             closing.callback(self.board.timers.stop)
             closing.callback(self.vm.close)
+            closing.callback(self._counters.close)
             self.vm.stop()
             self.vm.join()
             self.virtio.close()

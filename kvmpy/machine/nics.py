@@ -13,7 +13,8 @@ from typing import Self
 
 from kvmpy.errors import UnsupportedError
 from kvmpy.machine import words
-from kvmpy.virtio import Net, NetBackend, TapFd
+from kvmpy.virtio import Net, NetBackend, RateLimit, TapFd
+from kvmpy.virtio.limits import NONE
 from kvmpy.virtio.net import parse_mac
 
 # open(name, options) -> back end; raises ValueError for wrong words, OSError when the host refuses.
@@ -26,12 +27,13 @@ class Nic:
 
     backend: "tap:NAME" for a tap interface (needs the right to open it), "user" for a network without root, or an
     object such as `virtio.TapFd` or `virtio.PacketSocket`, which is closed with the machine. mac: default a random one.
-    mtu: bytes, told to the guest. options: of the kind of back end.
+    mtu: bytes, told to the guest. limit: how fast it may be, in each direction. options: of the kind of back end.
     """
 
     backend: str | NetBackend
     mac: str | None = None
     mtu: int | None = None
+    limit: RateLimit = NONE
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,11 +48,13 @@ class Nic:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """A card from "KIND[:NAME][,mac=M][,mtu=BYTES][,...]". Raises ValueError."""
+        """A card from "KIND[:NAME][,mac=M][,mtu=BYTES][,bps=BYTES][,iops=FRAMES][,bps_burst=BYTES]
+        [,iops_burst=FRAMES][,...]". Raises ValueError."""
         backend, options = words.split(text)
         known: dict[str, Callable[[str], object]] = {"mac": str, "mtu": int}
         own = {key: options.pop(key) for key in known if key in options}
-        return cls(backend, options=options, **words.convert(text, own, known))
+        limit = words.take_limit(text, options)
+        return cls(backend, limit=limit, options=options, **words.convert(text, own, known))
 
     def open(self) -> NetBackend:
         """Open the back end. Raises OSError, ValueError for options that it does not have, UnsupportedError."""
@@ -61,7 +65,7 @@ class Nic:
 
     def device(self, backend: NetBackend, name: str) -> Net:
         """The virtio device for the open back end."""
-        return Net(backend, name=name, mac=self.mac, mtu=self.mtu)
+        return Net(backend, name=name, mac=self.mac, mtu=self.mtu, receive_limit=self.limit, transmit_limit=self.limit)
 
 
 def _tap(name: str, options: Mapping[str, str]) -> NetBackend:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvmpy.arch import layout
 from kvmpy.boot.acpi import VirtioMmio
@@ -124,7 +124,7 @@ class Virtio:
         for device in self.devices:
             device.unpause()
 
-    def stats(self) -> dict[str, dict[str, int]]:
+    def stats(self) -> dict[str, dict[str, Any]]:
         """Live counters of each device, by its name."""
         return {device.name: device.stats() for device in self.devices}
 

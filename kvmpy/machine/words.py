@@ -7,6 +7,17 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kvmpy.arch.layout import GIB, KIB, MIB
+from kvmpy.virtio import RateLimit
+
+# bytes and operations (for a network card frames) per second; sizes may have K, M or G behind them
+LIMITS = {
+    "bps": "bytes_per_second",
+    "iops": "operations_per_second",
+    "bps_burst": "burst_bytes",
+    "iops_burst": "burst_operations",
+}
+_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": GIB << 10}
 SWITCH = {"on": True, "off": False}
 
 
@@ -26,6 +37,23 @@ def split(text: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"{text!r}: {key} is given twice")
         options[key] = value if equals else "on"
     return first, options
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from a number or "512M"-like text (K, M, G, T are powers of 1024). Raises ValueError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"a size is a number with K, M, G or T behind it, such as 512M, not {text!r}")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def take_limit(text: str, options: dict[str, str]) -> RateLimit:
+    """Take the options bps, iops, bps_burst and iops_burst, if they are there, out of `options`. Raises ValueError."""
+    own = {key: options.pop(key) for key in LIMITS if key in options}
+    values = convert(text, own, dict.fromkeys(LIMITS, parse_size))
+    return RateLimit(**{LIMITS[key]: value for key, value in values.items()})
 
 
 def switch(text: str) -> bool:

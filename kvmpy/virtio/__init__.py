@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtio 1.2: split virtqueues, the virtio-mmio transport, and the devices. See docs/virtio.md.
+"""Virtio 1.2: split and packed virtqueues, the virtio-mmio transport, and the devices. See docs/virtio.md.
 
 | device | is for |
 |---|---|
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from kvmpy.virtio.console import ConsoleDevice as ConsoleDevice
     from kvmpy.virtio.console import Port as Port
     from kvmpy.virtio.device import VirtioDevice as VirtioDevice
+    from kvmpy.virtio.limits import RateLimit as RateLimit
     from kvmpy.virtio.mmio import MmioTransport as MmioTransport
     from kvmpy.virtio.net import Net as Net
     from kvmpy.virtio.net_backend import NetBackend as NetBackend
     from kvmpy.virtio.net_backend import PacketSocket as PacketSocket
+    from kvmpy.virtio.net_backend import QueueBackend as QueueBackend
     from kvmpy.virtio.net_backend import TapFd as TapFd
     from kvmpy.virtio.rng import Rng as Rng
     from kvmpy.virtio.vsock import Vsock as Vsock
@@ -39,6 +41,8 @@ _WHERE = {
     "MmioTransport": "mmio",
     "Net": "net",
     "NetBackend": "net_backend",
+    "QueueBackend": "net_backend",
+    "RateLimit": "limits",
     "PacketSocket": "net_backend",
     "TapFd": "net_backend",
     "Rng": "rng",

@@ -204,7 +204,7 @@ class Balloon(VirtioDevice):
         reader.end()
         self.put_config(0, struct.pack("<II", target, actual), notify=False)
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Live counters by name, and what the guest said last."""
         guest = {f"guest_{name}": value for name, value in self.statistics.items()}
         counts = {"target": self.target, "actual": self.actual, "discarded": self.discarded, "refused": self.refused}

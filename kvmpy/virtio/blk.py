@@ -11,10 +11,13 @@ import errno
 import os
 import struct
 from collections.abc import Callable
+from typing import Any
 
 from kvmpy.block import Disk
+from kvmpy.devices.base import StateReader
 from kvmpy.virtio._queue import BlkServer
 from kvmpy.virtio.device import VirtioDevice
+from kvmpy.virtio.limits import NONE, RateLimit
 
 # Features (5.2.3).
 SEG_MAX = 1 << 2
@@ -42,6 +45,7 @@ class Blk(VirtioDevice):
     sectors of 512. serial: up to 20 bytes of ASCII (Linux: /sys/block/vda/serial). readonly: default as the disk.
     queues: how many, each with a thread. block_size: logical, in bytes; physical_block_size: for TOPOLOGY.
     writeback: False: every write is on the host's disk before it completes, until the driver says otherwise.
+    limit: of all requests together.
     on_error(errno): called in the worker when the host failed to do a request (ENOSPC: the host is full); the guest
     gets an I/O error.
     """
@@ -59,6 +63,7 @@ class Blk(VirtioDevice):
         block_size: int = SECTOR,
         physical_block_size: int = 4096,
         writeback: bool = True,
+        limit: RateLimit = NONE,
         on_error: Callable[[int], object] | None = None,
         threaded: bool = True,
     ) -> None:
@@ -74,6 +79,7 @@ class Blk(VirtioDevice):
         self._writeback = writeback
         self._on_error = on_error
         self._server = BlkServer(disk, serial.encode("ascii"))
+        self.limit = limit
         features = SEG_MAX | BLK_SIZE | TOPOLOGY | FLUSH | CONFIG_WCE
         features |= RO if self.readonly else DISCARD | WRITE_ZEROES
         if queues > 1:
@@ -96,6 +102,16 @@ class Blk(VirtioDevice):
         super().__init__(
             name, [QUEUE_SIZE] * queues, features, config, groups=[[i] for i in range(queues)], threaded=threaded
         )
+
+    @property
+    def limit(self) -> RateLimit:
+        """How fast it may be; can be changed at any time."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: RateLimit) -> None:
+        self._limit = limit
+        limit.apply(self._server.limiter)
 
     def activated(self) -> None:
         """What the driver accepted decides about requests and about the cache."""
@@ -134,9 +150,20 @@ class Blk(VirtioDevice):
         """The disk has another size now: tell the driver (2.5)."""
         self.put_config(0, struct.pack("<Q", self.disk.size // SECTOR))
 
-    def stats(self) -> dict[str, int]:
+    def save_device(self) -> dict[str, Any]:
+        """The cache mode that the driver chose."""
+        return {"version": 1, "writeback": self._config[WRITEBACK_AT]}
+
+    def load_device(self, state: dict[str, Any]) -> None:
+        """Raises ValueError."""
+        reader = StateReader(self.name, state)
+        writeback = reader.integer("writeback", 0, 1)
+        reader.end()
+        self.put_config(WRITEBACK_AT, bytes([writeback]), notify=False)
+
+    def stats(self) -> dict[str, Any]:
         """Live counters by name."""
-        return {**super().stats(), **self._server.counts}
+        return {**super().stats(), **self._server.counts, "throttled": self._server.limiter.throttled}
 
     def close(self) -> None:
         """Stop; the disk can be closed afterwards."""

@@ -242,7 +242,7 @@ class ConsoleDevice(VirtioDevice):
             for port, a, o, data in zip(self.ports, added, is_open, waiting, strict=True):
                 port.added, port.guest_open, port.waiting = bool(a), bool(o), bytearray(data[:MAX_INPUT])
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Live counters by name."""
         return {**super().stats(), "dropped": self.dropped}
 

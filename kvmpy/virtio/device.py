@@ -281,11 +281,13 @@ class VirtioDevice:
                 if not worker.running or not worker.poll(0):
                     break
 
-    def stats(self) -> dict[str, int]:
-        """Live counters by name."""
+    def stats(self) -> dict[str, Any]:
+        """Live counters by name; "queues": (requests, interrupts, in flight) of each queue."""
+        queues = [(*queue.stats, queue.in_flight) for queue in self.queues]
         return {
-            "requests": sum(queue.stats[0] for queue in self.queues),
-            "interrupts": sum(queue.stats[1] for queue in self.queues),
+            "requests": sum(queue[0] for queue in queues),
+            "interrupts": sum(queue[1] for queue in queues),
+            "queues": queues,
         }
 
     def close(self) -> None:

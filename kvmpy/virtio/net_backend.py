@@ -17,7 +17,9 @@ TUNGETFEATURES = IOC(IOC_READ, ord("T"), 207, 4)
 TUNSETOFFLOAD = IOC(IOC_WRITE, ord("T"), 208, 4)
 TUNGETIFF = IOC(IOC_READ, ord("T"), 210, 4)
 TUNSETVNETHDRSZ = IOC(IOC_WRITE, ord("T"), 216, 4)
+TUNSETQUEUE = IOC(IOC_WRITE, ord("T"), 217, 4)
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+IFF_MULTI_QUEUE, IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE = 0x0100, 0x0200, 0x0400
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, TUN_F_UFO = 0x01, 0x02, 0x04, 0x08, 0x10
 
 HEADER_SIZE = 12  # struct virtio_net_hdr with num_buffers (5.1.6)
@@ -40,6 +42,14 @@ class NetBackend(Protocol):
 
     def close(self) -> None:
         """Release what is open; again is no error."""
+        ...
+
+
+class QueueBackend(NetBackend, Protocol):
+    """One of several queue pairs to the same place, such as the queues of one tap interface."""
+
+    def set_active(self, active: bool) -> None:
+        """Does the driver use this pair? If not, nothing may come from it."""
         ...
 
 
@@ -91,20 +101,45 @@ class TapFd:
         os.set_blocking(fd, False)
         self.name = name.rstrip(b"\0").decode()
         self.fd = fd
+        self._active = True
 
     @classmethod
-    def open(cls, name: str) -> TapFd:
-        """Attach to tap interface `name`, which is created if it does not exist (needs CAP_NET_ADMIN)."""
+    def open(cls, name: str, *, multi_queue: bool = False) -> TapFd:
+        """Attach to tap interface `name`, which is created if it does not exist (needs CAP_NET_ADMIN).
+
+        multi_queue: the interface has several queues, this is one more of them. Raises OSError.
+        """
         if not 1 <= len(name.encode()) <= 15:
             raise ValueError(f"an interface name has 1 to 15 bytes, not {name!r}")
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         try:
-            request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if multi_queue else 0)
+            request = struct.pack("16sH22x", name.encode(), flags)
             fcntl.ioctl(fd, TUNSETIFF, request)
             return cls(fd)
         except BaseException:
             os.close(fd)
             raise
+
+    @classmethod
+    def open_queues(cls, name: str, count: int) -> list[TapFd]:
+        """Attach `count` times to tap interface `name` with IFF_MULTI_QUEUE: a back end for each queue pair."""
+        taps: list[TapFd] = []
+        try:
+            for _ in range(count):
+                taps.append(cls.open(name, multi_queue=True))
+        except BaseException:
+            for tap in taps:
+                tap.close()
+            raise
+        return taps
+
+    def set_active(self, active: bool) -> None:
+        """TUNSETQUEUE: a queue that is detached gets no packets. Only for those of `open_queues`."""
+        if active != self._active:
+            flags = IFF_ATTACH_QUEUE if active else IFF_DETACH_QUEUE
+            fcntl.ioctl(self.fd, TUNSETQUEUE, struct.pack("16sH22x", b"", flags))
+            self._active = active
 
     def set_offloads(self, offloads: int) -> None:
         """TUNSETOFFLOAD: what the guest's driver takes (5.1.3, GUEST_*)."""

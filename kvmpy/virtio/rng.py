@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvmpy.virtio.device import VirtioDevice
 
 
@@ -21,6 +23,6 @@ class Rng(VirtioDevice):
         self._bytes += count
         return result
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Live counters by name."""
         return {**super().stats(), "bytes": self._bytes}

@@ -126,7 +126,7 @@ class Vsock(VirtioDevice):
         StateReader(self.name, state).end()
         self._reset_event = True
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Live counters by name."""
         return {**super().stats(), **self._counts, "open": len(self._connections)}
 
