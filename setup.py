@@ -64,6 +64,7 @@ EXTENSIONS = [
     extension("kvmpy._vm"),
     extension("kvmpy._kvm", "kvmpy/engine_kernel.c"),
     extension("kvmpy.memory._mapping"),
+    extension("kvmpy.boot._relocate"),
     extension(
         "kvmpy.block._disk",
         *(f"kvmpy/block/{name}.c" for name in ("disk", "file", "raw", "qcow2_core", "qcow2_cache", "qcow2_refcount")),

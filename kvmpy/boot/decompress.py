@@ -12,7 +12,7 @@ import functools
 import lzma
 import zlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from kvmpy.boot.image import Image, compression
 from kvmpy.boot.linux import HAS_PAYLOAD, BzImage
@@ -20,6 +20,7 @@ from kvmpy.errors import BootError
 
 MAX_OUTPUT = 1 << 30
 LZ4_BLOCK = 8 << 20  # of output, in a legacy frame
+FIRST_OUTPUT = 96 << 20  # bytes of address space; kernels are smaller, and what is not used is not touched
 
 Decompress = Callable[[memoryview, int], bytes]
 
@@ -83,24 +84,62 @@ def _stream(new: Callable[[], _Decompressor]) -> Decompress:
     return decompress
 
 
+class _Output:
+    """A buffer that a C library writes to at `size`; it grows up to one byte more than `limit`."""
+
+    def __init__(self, ffi: Any, limit: int) -> None:
+        self._ffi, self._most, self.size = ffi, limit + 1, 0
+        self._data = bytearray(min(self._most, FIRST_OUTPUT))
+        self._view = ffi.from_buffer(self._data)
+
+    def room(self) -> tuple[Any, int]:
+        """Where to write, and how many bytes may be written there: none when the output is too large."""
+        if self.size == len(self._data) < self._most:
+            self._ffi.release(self._view)
+            self._data += bytes(min(self._most, 2 * self.size) - self.size)
+            self._view = self._ffi.from_buffer(self._data)
+        return self._ffi.cast("char *", self._view) + self.size, len(self._data) - self.size
+
+    def append(self, data: Any) -> None:
+        """Add a few bytes that were written elsewhere; what goes beyond the limit is left out."""
+        while data and self.room()[1]:
+            count = min(len(data), len(self._data) - self.size)
+            self._data[self.size : self.size + count] = data[:count]
+            self.size += count
+            data = data[count:]
+
+    def take(self) -> bytes:
+        """What was written, without a copy (see `Image.data`)."""
+        self._ffi.release(self._view)
+        del self._data[self.size :]
+        return cast(bytes, self._data)
+
+
 def _lz4(data: memoryview, limit: int) -> bytes:
     """A legacy frame: blocks of up to 8 MiB, each after its size (lz4_Frame_format.md, Legacy frame)."""
     lz4, ffi = _library("lz4", "int LZ4_decompress_safe(const char *, char *, int, int);")
-    out, buffer, at = bytearray(), ffi.new("char[]", LZ4_BLOCK), 4
-    while at + 4 <= len(data) and len(out) <= limit:
+    out, spare, at = _Output(ffi, limit), None, 4
+    while at + 4 <= len(data) and out.size <= limit:
         size = int.from_bytes(data[at : at + 4], "little")
         at += 4
         # What follows the last block is no block: the kernel's own size field, or another frame's magic.
         if size > len(data) - at:
-            if len(data) - at > 0 or not out:
+            if len(data) - at > 0 or not out.size:
                 raise ValueError(f"a block of {size:#x} bytes at {at:#x} goes past the end")
             break
-        count = lz4.LZ4_decompress_safe(ffi.from_buffer(data[at : at + size]), buffer, size, LZ4_BLOCK)
+        source = ffi.from_buffer(data[at : at + size])
+        place, room = out.room()
+        if room >= LZ4_BLOCK:
+            count = lz4.LZ4_decompress_safe(source, place, size, LZ4_BLOCK)
+            out.size += max(count, 0)
+        else:
+            spare = spare or ffi.new("char[]", LZ4_BLOCK)
+            count = lz4.LZ4_decompress_safe(source, spare, size, LZ4_BLOCK)
+            out.append(ffi.buffer(spare, max(count, 0)))
         if count < 0:
             raise ValueError(f"block at {at:#x}: liblz4 says {count}")
-        out += ffi.buffer(buffer, count)
         at += size
-    return bytes(out)
+    return out.take()
 
 
 def _zstd(data: memoryview, limit: int) -> bytes:
@@ -117,20 +156,19 @@ def _zstd(data: memoryview, limit: int) -> bytes:
     stream = ffi.gc(zstd.ZSTD_createDStream(), zstd.ZSTD_freeDStream)
     if stream == ffi.NULL:
         raise MemoryError("ZSTD_createDStream")
-    source, buffer = ffi.from_buffer(data), ffi.new("char[]", 1 << 20)
+    source, out = ffi.from_buffer(data), _Output(ffi, limit)
     taken, given = ffi.new("ZSTD_inBuffer *", [source, len(data), 0]), ffi.new("ZSTD_outBuffer *")
-    out = bytearray()
-    while len(out) <= limit:
-        given.dst, given.size, given.pos = buffer, len(buffer), 0
+    while out.size <= limit:
+        (given.dst, given.size), given.pos = out.room(), 0
         left = zstd.ZSTD_decompressStream(stream, given, taken)
         if zstd.ZSTD_isError(left):
             raise ValueError(ffi.string(zstd.ZSTD_getErrorName(left)).decode())
-        out += ffi.buffer(buffer, given.pos)
+        out.size += given.pos
         if left == 0:
             break
         if taken.pos == taken.size and given.pos < given.size:
             raise ValueError("it ends too early")
-    return bytes(out)
+    return out.take()
 
 
 @functools.cache

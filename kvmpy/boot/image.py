@@ -20,7 +20,10 @@ MAX_IMAGE = 2 << 30  # a vmlinux with debug information is about 1 GiB
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A whole file in memory; `name` is its path, or what it is when it came as bytes."""
+    """A whole file in memory; `name` is its path, or what it is when it came as bytes.
+
+    `data` may be a bytearray (an unpacked kernel is 50 MB, not to be copied for its type); nobody changes it.
+    """
 
     name: str
     data: bytes

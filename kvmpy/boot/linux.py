@@ -38,6 +38,7 @@ BOOT_FLAG = 0xAA55
 SECTOR = 512
 
 # loadflags and xloadflags.
+KASLR_FLAG = 1 << 1  # loadflags: set by whoever moved the kernel
 LOADED_HIGH = 1 << 0
 XLF_KERNEL_64 = 1 << 0
 XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 1
@@ -157,17 +158,19 @@ def load_vmlinux(
     cmdline: str | bytes | None = None,
     initrd: Image | None = None,
     rsdp: int = 0,
+    moved: bool = False,
 ) -> Entry:
     """Place a 64-bit vmlinux and start it as its own decompressor would: 64-bit mode, RSI = boot_params.
 
-    `header` is the bzImage that it was unpacked from, if any. Raises BootError.
+    `header` is the bzImage that it was unpacked from, if any; `moved`: its virtual address is random, and the kernel
+    shall choose its other addresses at random too. Raises BootError.
     """
     if elf.bits != 64:
         raise BootError(f"{elf.image}: a 32-bit vmlinux can only be started from its bzImage")
     line = encode_cmdline(cmdline, header.cmdline_size if header else 2047)
     load_segments(elf, space)
     entry = enter_long(space, elf.physical_entry, {"rsi": layout.ZERO_PAGE}, code=CODE, data=DATA)
-    _finish(header or _no_header(elf.image), space, elf.start, memory_map, line, initrd, rsdp)
+    _finish(header or _no_header(elf.image), space, elf.start, memory_map, line, initrd, rsdp, moved=moved)
     return entry
 
 
@@ -215,6 +218,8 @@ def _finish(
     line: bytes,
     initrd: Image | None,
     rsdp: int,
+    *,
+    moved: bool = False,
 ) -> None:
     """Place the initrd, the command line and the zero page that names them."""
     space.claim(layout.ZERO_PAGE, BOOT_PARAMS_SIZE, "the zero page")
@@ -232,6 +237,7 @@ def _finish(
         struct.pack_into(code, page, HEADER_AT + SETUP_HEADER.offsets[field], value)
 
     put("type_of_loader", LOADER_UNDEFINED, "<B")
+    put("loadflags", kernel.header.loadflags & ~KASLR_FLAG | (KASLR_FLAG if moved else 0), "<B")
     put("vid_mode", VID_MODE_NORMAL, "<H")
     put("code32_start", start & 0xFFFF_FFFF)
     put("cmd_line_ptr", line_at & 0xFFFF_FFFF)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvmpy.arch import layout
 from kvmpy.arch.entry import Entry
 from kvmpy.boot import elf as elf_format
-from kvmpy.boot import linux, multiboot, pvh
+from kvmpy.boot import kaslr, linux, multiboot, pvh
 from kvmpy.boot.e820 import E820Entry, memory_map
 from kvmpy.boot.elf import Elf, load_segments, parse_elf
 from kvmpy.boot.firmware import load_firmware
@@ -37,7 +37,7 @@ def load(
     entry: int | None = None,
     mode: str | None = None,
     format: str = "auto",
-    decompress: bool = False,
+    decompress: bool | None = False,
     rsdp: int = 0,
     reserved: Iterable[tuple[int, int]] = (),
 ) -> Entry:
@@ -48,7 +48,8 @@ def load(
     load_address, entry, mode: for a flat image, guest addresses and "real", "protected" or "long" (default:
     real below 1 MiB, else protected). format: one of `FORMATS`; "auto" looks at the content, takes what has
     an address for a flat image, and never takes anything for firmware. decompress: unpack the vmlinux
-    inside a bzImage and start that, and accept images packed with gzip, xz, bzip2, lzma, lz4 or zstd.
+    inside a bzImage and start that, and accept images packed with gzip, xz, bzip2, lzma, lz4 or zstd; None: start
+    the vmlinux where that can be done, else leave it to the kernel.
     rsdp: where the ACPI tables begin, 0 to let the kernel look for them. reserved: further (address, size)
     ranges, in bytes, that the memory map declares taken.
 
@@ -140,7 +141,7 @@ class _Job:
     initrd: Image | None
     modules: list[tuple[Image, str]]
     rsdp: int
-    decompress: bool
+    decompress: bool | None
 
     def run(self, format: str) -> Entry:
         match format:
@@ -182,10 +183,19 @@ class _Job:
 
     def bzimage(self) -> Entry:
         kernel = linux.parse_bzimage(self.image)
-        if self.decompress:
+        if self.decompress or (self.decompress is None and kernel.is_64bit):
             from kvmpy.boot.decompress import unpack_kernel
 
-            return self.vmlinux(parse_elf(unpack_kernel(kernel)), kernel)
+            try:
+                elf = parse_elf(unpack_kernel(kernel))
+            except BootError as error:
+                if self.decompress:
+                    raise
+                log.info("%s; the kernel unpacks itself", error)
+            else:
+                # Only the kernel's own loader can move it in physical memory.
+                if self.decompress or self.space.is_free(elf.start, elf.end - elf.start):
+                    return self.vmlinux(elf, kernel)
         self.takes_no_modules()
         result = linux.load_bzimage(
             kernel, self.space, memory_map=self.map, cmdline=self.cmdline, initrd=self.initrd, rsdp=self.rsdp
@@ -194,6 +204,9 @@ class _Job:
 
     def vmlinux(self, elf: Elf, header: linux.BzImage | None) -> Entry:
         self.takes_no_modules()
+        distance = 0
+        if header is not None and kaslr.wanted(self.cmdline):
+            elf, distance = kaslr.randomize(elf, header)
         result = linux.load_vmlinux(
             elf,
             self.space,
@@ -202,6 +215,7 @@ class _Job:
             cmdline=self.cmdline,
             initrd=self.initrd,
             rsdp=self.rsdp,
+            moved=distance != 0,
         )
         return dataclasses.replace(result, detail=linux_version(elf.image.data))
 

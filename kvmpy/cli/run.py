@@ -74,7 +74,7 @@ def add_parser(commands: Any) -> None:
     image.add_argument("--entry", metavar="ADDR", type=inputs.number, help="flat image: where to start")
     image.add_argument("--mode", choices=("real", "protected", "long"), help="flat image: processor mode")
     image.add_argument("--decompress", action=argparse.BooleanOptionalAction,
-                       help="unpack the kernel on the host (done for stock Linux guests)")  # fmt: skip
+                       help="unpack the kernel on the host (default: on the software CPU)")  # fmt: skip
     image.add_argument("--bios", metavar="FILE", help="firmware at the reset vector, instead of KERNEL")
     image.add_argument("--floppy", metavar="FILE", help="floppy image for the firmware to boot")
     image.add_argument("--fw-cfg", metavar="NAME=FILE", action="append", default=[],
@@ -174,7 +174,7 @@ def _config(options: argparse.Namespace) -> Config:
     if found is not None:
         guest, kernel = found
         # Where ring 0 is slow, a kernel that unpacks itself takes minutes.
-        decompress = "initrd" in guest.files if decompress is None else decompress
+        decompress = "initrd" in guest.files or None if decompress is None else decompress
         words.insert(0, guest.cmdline)
         # The small one has no modules, and stock kernels need theirs for virtio.
         plain = not (options.disk or options.net or options.share or options.hvc or options.rng)
@@ -206,7 +206,7 @@ def _config(options: argparse.Namespace) -> Config:
             load_address=options.load,
             entry=options.entry,
             mode=options.mode,
-            decompress=bool(decompress),
+            decompress=decompress,
             acpi=not options.no_acpi,
             huge_pages=options.huge_pages,
             console=serial,

@@ -34,7 +34,8 @@ class Config:
     the software CPU runs what KVM cannot emulate (None: yes, unless $KVMPY_ASSIST is 0). cpu: CPUID
     policy, e.g. "host,-avx2".
     kernel, initrd, cmdline, modules: what to boot directly; firmware: a BIOS ROM instead. image_format,
-    load_address, entry, mode: how to load an image that does not say it itself. acpi: make ACPI tables.
+    load_address, entry, mode: how to load an image that does not say it itself. decompress: unpack a kernel on the host
+    (None: a bzImage on the software CPU, which is slower at it). acpi: make ACPI tables.
     huge_pages: None, "thp", "2M" or "1G". console: where COM1 goes (default a `Console` in memory);
     debugcon: where port 0xE9 and SeaBIOS's 0x402 go. fw_cfg: extra files for firmware. floppy: an image that
     SeaBIOS boots from memory. triple_fault: "error" or "reset", what a triple fault means. testdev: the device
@@ -61,7 +62,7 @@ class Config:
     load_address: int | None = None
     entry: int | None = None
     mode: str | None = None
-    decompress: bool = False
+    decompress: bool | None = None
     acpi: bool = True
     huge_pages: HugePages | None = None
     console: CharBackend | None = None

@@ -233,7 +233,7 @@ class Machine:
             entry=config.entry,
             mode=config.mode,
             format=config.image_format,
-            decompress=config.decompress,
+            decompress=False if config.decompress is None and self.backend != "tcg" else config.decompress,
             rsdp=rsdp,
         )
 
