@@ -49,13 +49,19 @@ HELPFUL = frozenset({"x2apic", "tsc_deadline_timer", "arat", "mtrr"}) | {
 }
 
 
+# What "host" leaves out unless it is asked for by name ("host,+la57"): kernels choose five page-table levels as
+# soon as they see them, which only costs time, and wait in MWAIT instead of HLT, which tells an engine less.
+ON_REQUEST = frozenset({"la57", "monitor"})
+LINEAR_48 = 48 << 8  # of 0x8000_0008 EAX
+
+
 class CpuidPolicy:
     """CPUID for all processors of a machine.
 
     supported: the engine's list, of any objects with the fields of `CpuidEntry`. cpu: a model, then features
     to add and take away, as in "host,-avx512f" or "x86-64-v2,+aes,rdrand=on"; models are "host" (all that the
-    engine has) and "x86-64-v1" to "x86-64-v4". What a removed feature carries goes with it; what an added one
-    needs comes with it. cpus, threads, sockets: processors in all, per core, and packages. allow: features
+    engine has, but for `ON_REQUEST`) and "x86-64-v1" to "x86-64-v4". What a removed feature carries goes with
+    it; what an added one needs comes with it. cpus, threads, sockets: processors in all, per core, and packages. allow: features
     that are not in `supported` though the engine has them (KVM keeps "tsc_deadline_timer" back, api.rst
     4.46). tsc_khz: told in leaf 0x4000_0010 when given. Raises ValueError for unknown names, with close ones,
     and for what the engine cannot do.
@@ -139,6 +145,9 @@ class CpuidPolicy:
         for leaf, owner in LEAF_OF.items():
             if owner not in self.features:
                 self._blank(leaf)
+        sizes = self._table.get((0x8000_0008, 0))
+        if sizes is not None and "la57" not in self.features:
+            self._set(0x8000_0008, eax=(sizes.eax & ~0xFF00) | LINEAR_48)
         # A guest that trusts these counts time by them, and the engine's TSC need not run at that rate.
         self._blank(0x15)
         self._blank(0x16)
@@ -226,7 +235,7 @@ def _choose(cpu: str, available: frozenset[str]) -> tuple[str, frozenset[str]]:
         close = difflib.get_close_matches(model, models, n=3)
         raise ValueError(f"no CPU model is called {model!r}; there are {', '.join(close or models)}")
     added, removed = _changes(changes)
-    features = available
+    features = available - ON_REQUEST
     if model != "host":
         level = needed_by(LEVELS[model])
         _demand(model, level - removed, available)

@@ -27,6 +27,11 @@ uint8_t *mmu_fetch(struct cpu *c, uint64_t lin, uint64_t *gpa);
 void mmu_protect_code(struct cpu *c, uint64_t gpa); /* drop write entries of this page */
 void mmu_flush_local(struct cpu *c);
 void mmu_invlpg(struct cpu *c, uint64_t lin);
+/* pcid.c: MOV CR3 from one PCID to another; keep_to: bit 63 was set. forget: the softTLB itself is not touched. */
+void pcid_switch(struct cpu *c, unsigned from, unsigned to, bool keep_to);
+void pcid_forget(struct cpu *c, unsigned pcid);
+void pcid_forget_all(struct cpu *c);
+void pcid_free(struct cpu *c);
 bool mmu_load_pdptes(struct cpu *c, uint64_t cr3);
 /* Implicit supervisor accesses: descriptor tables, TSS, IDT. u may be NULL. */
 uint64_t sys_read(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size);
@@ -40,6 +45,7 @@ static inline bool canonical(const struct cpu *c, uint64_t a)
     unsigned s = c->cr4 & CR4_LA57 ? 7 : 16;
     return (uint64_t)((int64_t)(a << s) >> s) == a;
 }
+static inline bool feature(const struct cpu *c, unsigned f) { return c->features[f / 64] >> (f % 64) & 1; }
 
 /* io.c: user space answers */
 uint64_t dev_read(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size);

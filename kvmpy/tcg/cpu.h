@@ -267,6 +267,8 @@ struct cpu {
     jmp_buf escape;        /* out of a handler, to cpu_run's loop */
     const struct uop *cur; /* the instruction that faulted */
 
+    struct pcid_bags *pcid_bags; /* pcid.c: TLB entries of other address spaces */
+
     struct kvm_cpuid_entry2 *cpuid; /* table of KVM_SET_CPUID2, owned by the machine half */
     uint32_t cpuid_count;
     uint64_t features[2];  /* FEAT_* that the table announces: gates of the decoder (cpu_update_features) */
@@ -340,6 +342,13 @@ int cpu_set_efer(struct cpu *c, uint64_t v);
 int cpu_set_xcr0(struct cpu *c, uint64_t v);
 void cpu_set_segbase(struct cpu *c, int seg, uint64_t base); /* MSR_FS_BASE, MSR_GS_BASE */
 
+/* Bases in MSRs, descriptor tables and hidden parts of segments may be as wide as the processor can do, whatever CR4.LA57
+ * says at the moment (SDM vol. 1 3.3.7.1 leaves that to the processor; Intel's do so, and Linux' KVM too). */
+static inline bool cpu_canonical_base(const struct cpu *c, uint64_t a)
+{
+    unsigned s = 64 - c->linear_bits;
+    return (uint64_t)((int64_t)(a << s) >> s) == a;
+}
 /* KVM_TRANSLATE: no side effects. Returns false when not mapped. */
 bool cpu_translate(struct cpu *c, uint64_t linear, uint64_t *gpa, bool *writable, bool *user);
 

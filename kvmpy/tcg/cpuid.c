@@ -8,7 +8,7 @@
  * gates are open, as with KVM.
  *
  * CPUID itself answers from the guest's table; the parts that follow the state of the processor (OSXSAVE, OSPKE, the size of
- * the XSAVE area) are put in when it is executed. Not announced: LA57, x2 modes of MWAIT, 0x15/0x16 (the TSC has no crystal).
+ * the XSAVE area) are put in when it is executed. Not announced: 0x15/0x16 (the TSC has no crystal).
  */
 #include "fphost.h"
 #include "op.h"
@@ -18,18 +18,18 @@
 #define ANY 0xff
 static const struct { uint32_t leaf, subleaf; uint8_t reg, bit, feature; } bits[] = {
     /* 1 ECX */
-    {1, 0, 2, 0, FEAT_SSE3}, {1, 0, 2, 1, FEAT_PCLMUL}, {1, 0, 2, 9, FEAT_SSSE3}, {1, 0, 2, 12, FEAT_FMA}, {1, 0, 2, 13, FEAT_CX16},
+    {1, 0, 2, 0, FEAT_SSE3}, {1, 0, 2, 1, FEAT_PCLMUL}, {1, 0, 2, 3, FEAT_MONITOR}, {1, 0, 2, 9, FEAT_SSSE3}, {1, 0, 2, 12, FEAT_FMA}, {1, 0, 2, 13, FEAT_CX16},
     {1, 0, 2, 17, FEAT_PCID}, {1, 0, 2, 19, FEAT_SSE41}, {1, 0, 2, 20, FEAT_SSE42}, {1, 0, 2, 22, FEAT_MOVBE}, {1, 0, 2, 23, FEAT_POPCNT},
     {1, 0, 2, 25, FEAT_AES}, {1, 0, 2, 26, FEAT_XSAVE}, {1, 0, 2, 28, FEAT_AVX}, {1, 0, 2, 29, FEAT_F16C}, {1, 0, 2, 30, FEAT_RDRAND},
     /* 1 EDX */
-    {1, 0, 3, 0, FEAT_FPU}, {1, 0, 3, 4, FEAT_TSC}, {1, 0, 3, 5, FEAT_MSR}, {1, 0, 3, 8, FEAT_CX8}, {1, 0, 3, 11, FEAT_SYSENTER},
+    {1, 0, 3, 0, FEAT_FPU}, {1, 0, 3, 1, FEAT_VME}, {1, 0, 3, 4, FEAT_TSC}, {1, 0, 3, 5, FEAT_MSR}, {1, 0, 3, 8, FEAT_CX8}, {1, 0, 3, 11, FEAT_SYSENTER},
     {1, 0, 3, 13, FEAT_PGE}, {1, 0, 3, 15, FEAT_CMOV}, {1, 0, 3, 19, FEAT_CLFLUSH}, {1, 0, 3, 23, FEAT_MMX}, {1, 0, 3, 24, FEAT_FXSR},
     {1, 0, 3, 25, FEAT_SSE}, {1, 0, 3, 26, FEAT_SSE2},
     /* 7 EBX, ECX, EDX */
     {7, 0, 1, 0, FEAT_FSGSBASE}, {7, 0, 1, 3, FEAT_BMI1}, {7, 0, 1, 5, FEAT_AVX2}, {7, 0, 1, 7, FEAT_SMEP}, {7, 0, 1, 8, FEAT_BMI2},
     {7, 0, 1, 9, FEAT_ERMS}, {7, 0, 1, 10, FEAT_INVPCID}, {7, 0, 1, 18, FEAT_RDSEED}, {7, 0, 1, 19, FEAT_ADX}, {7, 0, 1, 20, FEAT_SMAP},
     {7, 0, 1, 23, FEAT_CLFLUSHOPT}, {7, 0, 1, 24, FEAT_CLWB}, {7, 0, 1, 29, FEAT_SHA},
-    {7, 0, 2, 2, FEAT_UMIP}, {7, 0, 2, 3, FEAT_PKU}, {7, 0, 2, 22, FEAT_RDPID}, {7, 0, 3, 4, FEAT_FSRM}, {7, 0, 3, 14, FEAT_SERIALIZE},
+    {7, 0, 2, 2, FEAT_UMIP}, {7, 0, 2, 3, FEAT_PKU}, {7, 0, 2, 9, FEAT_VAES}, {7, 0, 2, 10, FEAT_VPCLMUL}, {7, 0, 2, 16, FEAT_LA57}, {7, 0, 2, 22, FEAT_RDPID}, {7, 0, 3, 4, FEAT_FSRM}, {7, 0, 3, 14, FEAT_SERIALIZE},
     /* 0xd.1 EAX */
     {0xd, 1, 0, 0, FEAT_XSAVEOPT}, {0xd, 1, 0, 1, FEAT_XSAVEC}, {0xd, 1, 0, 3, FEAT_XSAVES},
     /* extended */
@@ -102,7 +102,7 @@ uint32_t cpu_supported_cpuid(struct kvm_cpuid_entry2 *e, uint32_t max)
     }
     ENTRY(0x80000006, 0, 0, 0, 0, 0x01006040, 0);
     ENTRY(0x80000007, 0, 0, 0, 0, 0, 1u << 8); /* invariant TSC */
-    ENTRY(0x80000008, 0, 0, 40 | 48 << 8, 0, 0, 0);
+    ENTRY(0x80000008, 0, 0, 40 | (announced(FEAT_LA57) ? 57 : 48) << 8, 0, 0, 0);
     return n;
 }
 
@@ -156,6 +156,7 @@ void cpu_update_features(struct cpu *c)
         for (unsigned f = 0; f < FEAT_COUNT; f++)
             if (announced(f))
                 c->features[f / 64] |= 1ull << f % 64;
+        c->linear_bits = feature(c, FEAT_LA57) ? 57 : 48;
         return;
     }
     uint64_t gates[2] = {0, 0};
@@ -170,8 +171,8 @@ void cpu_update_features(struct cpu *c)
         if (shown && announced(f))
             gates[f / 64] |= 1ull << f % 64;
     }
-    /* MONITOR is never announced, yet Linux' idle code may try it only when told: stays closed without its bit */
     memcpy(c->features, gates, sizeof gates);
+    c->linear_bits = feature(c, FEAT_LA57) ? 57 : 48;
     const struct kvm_cpuid_entry2 *sizes = find(c, 0x80000008, 0);
     if (sizes && (sizes->eax & 0xff) >= 32 && (sizes->eax & 0xff) <= 52)
         c->phys_bits = sizes->eax & 0xff;

@@ -531,5 +531,6 @@ void cpu_free(struct cpu *c)
     if (c->vm)
         detach(c, c->vm);
     block_free(c);
+    pcid_free(c);
     pthread_mutex_destroy(&c->inval_lock);
 }

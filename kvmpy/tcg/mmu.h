@@ -24,5 +24,10 @@ bool page_walk(struct cpu *c, uint64_t lin, enum access access, int mmu, bool pe
 struct place { uint8_t *host; uint64_t gpa; struct page_info page; }; /* where one byte is; host NULL: MMIO */
 /* Translates one byte's page and fills the TLB entry; faults. */
 struct place tlb_fill(struct cpu *c, int mmu, const struct uop *u, uint64_t lin, enum access access, int stack);
+/* Linear addresses [lo, hi] are covered by large pages in `t`. */
+void tlb_large(struct tlb *t, uint64_t lo, uint64_t hi);
+
+/* pcid.c */
+void pcid_protect_code(struct cpu *c, uint64_t gpa);
 
 #endif

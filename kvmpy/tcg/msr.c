@@ -78,12 +78,6 @@ static bool cpuid_bit(struct vcpu *vcpu, uint32_t leaf, unsigned reg, unsigned b
 }
 enum { CPUID_EAX, CPUID_EBX, CPUID_ECX, CPUID_EDX };
 
-static bool canonical(const struct vcpu *vcpu, uint64_t address)
-{
-    unsigned bits = vcpu->cpu.cr4 & CR4_LA57 ? 57 : 48;
-    return (uint64_t)((int64_t)(address << (64 - bits)) >> (64 - bits)) == address;
-}
-
 /* ---- time ---- */
 
 uint64_t vcpu_tsc(struct vcpu *vcpu)
@@ -244,7 +238,7 @@ static int write_core_msr(struct vcpu *vcpu, uint32_t index, uint64_t value, boo
     switch (index) {
     case IA32_SYSENTER_ESP: case IA32_SYSENTER_EIP: case MSR_LSTAR: case MSR_CSTAR: case MSR_FS_BASE: case MSR_GS_BASE:
     case MSR_KERNEL_GS_BASE:
-        if (!canonical(vcpu, value))
+        if (!cpu_canonical_base(c, value))
             return MSR_FAULT;
     }
     switch (index) {

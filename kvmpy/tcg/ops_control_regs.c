@@ -42,22 +42,21 @@ int cpu_set_cr0(struct cpu *c, uint64_t v)
 
 int cpu_set_cr3(struct cpu *c, uint64_t v)
 {
-    bool keep = false;
-    if (c->cr4 & CR4_PCIDE && long_mode(c)) {
-        keep = v >> 63; /* allowed to flush all the same: there is one address space in the TLB */
+    bool pcide = c->cr4 & CR4_PCIDE && long_mode(c), keep = pcide && v >> 63;
+    if (pcide)
         v &= ~(1ull << 63);
-    }
     if (long_mode(c) && v >> c->phys_bits)
         return 1;
     if (!long_mode(c) && c->cr0 & CR0_PG && c->cr4 & CR4_PAE && !mmu_load_pdptes(c, v))
         return 1;
-    (void)keep;
+    unsigned from = c->cr3 & 0xfff;
     c->cr3 = v;
-    mmu_flush_local(c);
+    if (pcide)
+        pcid_switch(c, from, v & 0xfff, keep);
+    else
+        mmu_flush_local(c);
     return 0;
 }
-
-static bool feature(const struct cpu *c, unsigned f) { return c->features[f / 64] >> (f % 64) & 1; }
 
 int cpu_set_cr4(struct cpu *c, uint64_t v)
 {
@@ -76,9 +75,13 @@ int cpu_set_cr4(struct cpu *c, uint64_t v)
         may |= CR4_PKE;
     if (feature(c, FEAT_PCID))
         may |= CR4_PCIDE;
+    if (feature(c, FEAT_LA57))
+        may |= CR4_LA57;
+    if (feature(c, FEAT_VME))
+        may |= CR4_VME | CR4_PVI;
     if (v & ~may)
         return 1;
-    if (long_mode(c) && !(v & CR4_PAE))
+    if (long_mode(c) && (!(v & CR4_PAE) || (v ^ old) & CR4_LA57))
         return 1;
     if (v & CR4_PCIDE && !(old & CR4_PCIDE) && (!long_mode(c) || c->cr3 & 0xfff))
         return 1;
@@ -234,7 +237,7 @@ static void load_table(struct cpu *c, const struct uop *u, struct dtable *t)
     uint64_t a = ea(c, u);
     uint16_t limit = ld16(c, u, a);
     uint64_t base = code64(c) ? ld64(c, u, a + 2) : ld32(c, u, a + 2);
-    if (code64(c) && !canonical(c, base))
+    if (code64(c) && !cpu_canonical_base(c, base))
         cpu_fault_code(c, u, EXC_GP, 0);
     if (u->x && !code64(c)) /* 16-bit operand: 24 bits of base */
         base &= 0xffffff;
@@ -256,6 +259,8 @@ static void system_segment(struct cpu *c, const struct uop *u, uint16_t sel, str
         if (!desc_fetch(c, u, (uint16_t)(sel + 8), &high) || high >> 40 & 31)
             cpu_fault_code(c, u, EXC_GP, sel & 0xfffc);
         s->base |= high << 32;
+        if (!cpu_canonical_base(c, s->base))
+            cpu_fault_code(c, u, EXC_GP, sel & 0xfffc);
     }
 }
 static const struct uop *lldt(struct cpu *c, const struct uop *u, uint16_t sel)
@@ -370,14 +375,21 @@ OP(invlpg_m) { mmu_invlpg(c, ea(c, u)); LEAVE_AFTER; }
 OP(invpcid_rm)
 {
     uint64_t a = ea(c, u), type = word(c, R64(c, u->d)), d0 = ld64(c, u, a), lin = ld64(c, u, a + 8);
-    if (type > 3 || (type < 2 && d0 >> 12) || (type == 0 && !canonical(c, lin)) || (type < 2 && d0 && !(c->cr4 & CR4_PCIDE)))
+    if (type > 3 || d0 >> 12 || (type == 0 && !cpu_canonical_base(c, lin)) || (type < 2 && d0 && !(c->cr4 & CR4_PCIDE)))
         cpu_fault_code(c, u, EXC_GP, 0);
-    if (type == 0)
-        mmu_invlpg(c, lin);
-    else if (type == 2)
+    bool present = !(c->cr4 & CR4_PCIDE) || d0 == (c->cr3 & 0xfff);
+    if (type == 2) { /* everything, global translations too */
         cpu_flush_tlb(c);
-    else
+    } else if (type == 3) { /* all but those */
         mmu_flush_local(c);
+        pcid_forget_all(c);
+    } else if (!present) { /* one address or one PCID that is not loaded: its entries are all in a bag */
+        pcid_forget(c, (unsigned)d0);
+    } else if (type == 1) {
+        mmu_flush_local(c);
+    } else {
+        mmu_invlpg(c, lin);
+    }
     LEAVE_AFTER;
 }
 

@@ -184,7 +184,7 @@ OP(swapgs)
     OP(wr##name##base_r64)                                                                               \
     {                                                                                                    \
         name##_check(c, u);                                                                              \
-        if (!canonical(c, GET64(u->d)))                                                                  \
+        if (!cpu_canonical_base(c, GET64(u->d)))                                                         \
             cpu_fault_code(c, u, EXC_GP, 0);                                                             \
         cpu_set_segbase(c, n, GET64(u->d));                                                              \
         NEXT;                                                                                            \

@@ -116,6 +116,8 @@ FEATURES = [
     "fsrm",
     "vaes",
     "vpclmul",
+    "la57",
+    "vme",
 ]
 CLASSES = ("x87", "mmxclass", "sseclass", "avxclass")
 ATTRIBUTES = (

@@ -20,6 +20,17 @@ static void not_canonical(struct cpu *c, const struct uop *u, int stack)
     cpu_fault_code(c, u, stack || (u && u->seg == SEG_SS && u->len) ? EXC_SS : EXC_GP, 0);
 }
 
+void tlb_large(struct tlb *t, uint64_t lo, uint64_t hi)
+{
+    if (t->large_hi < t->large_lo) {
+        t->large_lo = lo;
+        t->large_hi = hi;
+    } else {
+        t->large_lo = lo < t->large_lo ? lo : t->large_lo;
+        t->large_hi = hi > t->large_hi ? hi : t->large_hi;
+    }
+}
+
 struct place tlb_fill(struct cpu *c, int mmu, const struct uop *u, uint64_t lin, enum access access, int stack)
 {
     struct walk w;
@@ -63,14 +74,8 @@ struct place tlb_fill(struct cpu *c, int mmu, const struct uop *u, uint64_t lin,
     else
         t->local[i / 64] |= 1ull << i % 64;
     if (w.size > 4096) {
-        uint64_t lo = lin & ~(w.size - 1), hi = lo + w.size - 1;
-        if (t->large_hi < t->large_lo) {
-            t->large_lo = lo;
-            t->large_hi = hi;
-        } else {
-            t->large_lo = lo < t->large_lo ? lo : t->large_lo;
-            t->large_hi = hi > t->large_hi ? hi : t->large_hi;
-        }
+        uint64_t lo = lin & ~(w.size - 1);
+        tlb_large(t, lo, lo + w.size - 1);
     }
     return p;
 }
@@ -112,6 +117,7 @@ void cpu_flush_tlb(struct cpu *c)
     c->stat.flushes++;
     for (unsigned m = 0; m < MMU_COUNT; m++)
         flush(&c->tlbs[m], true);
+    pcid_forget_all(c);
     memset(c->pt_cache, 0, sizeof c->pt_cache);
 }
 
@@ -137,6 +143,7 @@ void mmu_invlpg(struct cpu *c, uint64_t lin)
 void mmu_protect_code(struct cpu *c, uint64_t gpa)
 {
     gpa &= PAGE_MASK_4K;
+    pcid_protect_code(c, gpa);
     for (unsigned m = 0; m < MMU_COUNT; m++)
         for (unsigned w = 0; w < TLB_SIZE / 64; w++)
             for (uint64_t bits = c->tlbs[m].used[w]; bits; bits &= bits - 1) {
