@@ -14,7 +14,7 @@ LEVELS = {
     "disasm": 1,
     "memory": 2, "bus": 2, "irq": 2, "chardev": 2, "block": 2, "net": 2, "tcg": 2,
     "engines": 3, "vcpu": 3,
-    "vm": 4, "devices": 4, "pci": 4,
+    "devices": 3, "vm": 4, "pci": 4,
     "boot": 5, "virtio": 5,
     "machine": 6,
     "guests": 7, "doctor": 7, "aio": 7, "snapshot": 7, "gdb": 7, "control": 7,

@@ -72,4 +72,5 @@ IRQ_KEYBOARD = 1
 IRQ_RTC = 8
 IRQ_SCI = 9
 IOAPIC_PINS = 24
+IRQ_PCI = (16, 17, 18, 19)  # INTA to INTD of slot 0
 IRQ_VIRTIO = (5, 6, 7, 10, 11, *range(16, 24))  # of virtio-mmio devices, in this order

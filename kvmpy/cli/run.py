@@ -102,6 +102,8 @@ def add_parser(commands: Any) -> None:
                        "readonly=on, overlay=memory|FOLDER (writes go there and are forgotten), serial=S, "
                        "follow=FOLDER (files there may be backing files), cache=writeback|writethrough|unsafe, "
                        "discard=off, queues=N, bps=BYTES and iops=N (per second), bps_burst=, iops_burst=")  # fmt: skip
+    disks.add_argument("--transport", choices=("mmio", "pci"),
+                       help="how the guest finds devices (default mmio; pci with --bios)")  # fmt: skip
     disks.add_argument("--net", metavar="KIND[:NAME][,KEY=VALUE...]", action="append", default=[],
                        help="a network card: none, user, or tap:NAME; mac=M, mtu=BYTES, bps=, iops= "
                        "(bytes, frames per second in each direction)")  # fmt: skip
@@ -219,6 +221,7 @@ def _config(options: argparse.Namespace) -> Config:
             shares=options.share,
             hvc=hvc,
             rng=options.rng,
+            transport=options.transport,
         )
     except BaseException as error:
         for backend in (serial, debugcon, hvc):

@@ -14,7 +14,7 @@
     0x510-0x51B     fw_cfg
     0x600-0x601     ACPI sleep registers
     0x608-0x60B     ACPI events: power button   IRQ 9
-    0xCF8-0xCFF     no PCI; in it, 0xCF9: reset control
+    0xCF8-0xCFF     PCI configuration, or no PCI; in it, 0xCF9: reset control
 
 PIC, IOAPIC, local APICs and the PIT belong to the engine (`vm.create_irqchip()`, `vm.create_pit2()`).
 """
@@ -44,6 +44,7 @@ from kvmpy.devices import (
     Timers,
 )
 from kvmpy.irq import GsiLine
+from kvmpy.pci import ConfigPorts, PciBus
 from kvmpy.vcpu import Outcome
 from kvmpy.vm import Vm
 
@@ -51,6 +52,7 @@ from kvmpy.vm import Vm
 class Board:
     """The devices of a machine, wired to a VM.
 
+    pci: the bus that the configuration ports lead to; None: a machine without PCI.
     end: called by a device, in whatever thread, with the outcome when the guest ends the run. failed: called
     with the exception when a device fails in the timer thread.
     """
@@ -65,6 +67,7 @@ class Board:
         testdev: bool,
         end: Callable[[Outcome], None],
         failed: Callable[[BaseException], None],
+        pci: PciBus | None = None,
     ) -> None:
         def reset() -> None:
             end(Outcome("reset"))
@@ -77,6 +80,7 @@ class Board:
         self.fw_cfg = FwCfg(vm.memory)
         self.timers = Timers(clock, failed)
         self.timers.add(self.rtc)
+        reset_control = ResetControl(reset)
         self.devices: list[tuple[int, Device]] = [
             (layout.PORT_KEYBOARD, self.keyboard.data),
             (layout.PORT_KEYBOARD + 4, self.keyboard.command),
@@ -90,7 +94,7 @@ class Board:
             (layout.PORT_FW_CFG, self.fw_cfg),
             (layout.PORT_ACPI, SleepRegisters(lambda: end(Outcome("poweroff")))),
             (layout.PORT_ACPI_EVENTS, self.events),
-            (layout.PORT_PCI_ADDRESS, NoPci(ResetControl(reset))),
+            (layout.PORT_PCI_ADDRESS, ConfigPorts(pci, reset_control) if pci is not None else NoPci(reset_control)),
         ]
         if testdev:
             self._add_testdev(vm)

@@ -44,7 +44,8 @@ class Config:
     Virtio devices: disks: each a `Drive`, an open `kvmpy.block.Disk`, or text such as "root.qcow2,format=qcow2".
     nets: each a `Nic`, a `virtio.NetBackend`, or text such as "tap:tap0". shares: each a `Share` or text. hvc: where
     hvc0 goes, or several `virtio.Port`s. rng: entropy. balloon: memory that the guest gives back. vsock: (CID, path
-    of the Unix sockets), see `virtio.Vsock`. virtio: functions of guest memory that make further devices.
+    of the Unix sockets), see `virtio.Vsock`. virtio: functions of guest memory that make further devices. transport:
+    "mmio" or "pci", how the guest finds them; default "pci" with a firmware, which looks nowhere else, or "mmio".
     """
 
     memory: int | str = 512 * MIB
@@ -79,6 +80,7 @@ class Config:
     balloon: bool = False
     vsock: tuple[int, Path] | None = None
     virtio: Sequence[Callable[[GuestMemory], VirtioDevice]] = ()
+    transport: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", parse_size(self.memory))
@@ -94,6 +96,8 @@ class Config:
             raise ValueError("a floppy needs a firmware that boots from it, such as SeaBIOS")
         if self.triple_fault not in ("error", "reset"):
             raise ValueError(f'triple_fault is "error" or "reset", not {self.triple_fault!r}')
+        if self.transport not in (None, "mmio", "pci"):
+            raise ValueError(f'transport is "mmio" or "pci", not {self.transport!r}')
         for field_name in ("disks", "nets", "shares"):
             if isinstance(getattr(self, field_name), str):
                 raise ValueError(f"{field_name} is a list, such as [{getattr(self, field_name)!r}]")
@@ -104,6 +108,13 @@ class Config:
         """Guest RAM in bytes."""
         assert isinstance(self.memory, int)
         return self.memory
+
+    @property
+    def pci(self) -> bool:
+        """Whether the machine has a PCI bus."""
+        devices = self.disks or self.nets or self.shares or self.hvc or self.rng or self.balloon or self.vsock
+        wanted = bool(devices or self.virtio)
+        return self.transport == "pci" or (self.transport is None and self.firmware is not None and wanted)
 
     @property
     def drives(self) -> list[Drive]:

@@ -15,12 +15,14 @@ from kvmpy.boot import load
 from kvmpy.boot.cpuid import CpuidPolicy
 from kvmpy.chardev import CharBackend, Console
 from kvmpy.errors import StateError
+from kvmpy.irq import GsiLine
 from kvmpy.machine import tables
 from kvmpy.machine.board import Board
 from kvmpy.machine.config import Config
 from kvmpy.machine.firmware import describe_machine, load_firmware
 from kvmpy.machine.stats import Counters, Stats
 from kvmpy.machine.virtio import Virtio
+from kvmpy.pci import PciBus
 from kvmpy.vcpu import Outcome, State
 from kvmpy.vm import Vm
 
@@ -49,6 +51,8 @@ class Machine:
             self.vm = undo.enter_context(Vm(config.backend, assist=config.assist))
             self._add_chips()
             self._add_memory()
+            # PCI's pins are shared and level-triggered; several functions may hold one up.
+            bus = PciBus(self.vm.mmio, [GsiLine(self.vm, gsi) for gsi in layout.IRQ_PCI]) if config.pci else None
             self.board = Board(
                 self.vm,
                 clock=config.clock,
@@ -57,11 +61,12 @@ class Machine:
                 testdev=config.testdev,
                 end=self.vm.stop,
                 failed=self._device_failed,
+                pci=bus,
             )
             if config.triple_fault == "reset":
                 self.vm.on_shutdown(self._triple_fault)
             describe_machine(config, self.board)
-            self.virtio = Virtio(config, self.vm)
+            self.virtio = Virtio(config, self.vm, bus)
             undo.callback(self.virtio.close)
             self._add_vcpus()
             self._counters = Counters(self.vm, self.virtio)
@@ -219,7 +224,7 @@ class Machine:
             return load_firmware(config, self.vm, self.board, layout.PORT_COM[0])
         assert config.kernel is not None
         slots = self.virtio.slots
-        rsdp = tables.write(config, self.vm.memory, slots.places) if config.acpi else 0
+        rsdp = tables.write(config, self.vm.memory, slots.places, slots.host) if config.acpi else 0
         words = [config.cmdline]
         if not config.acpi and config.load_address is None:  # flat images take no command line
             words += slots.cmdline

@@ -5,18 +5,37 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kvmpy.arch import layout
-from kvmpy.boot.acpi import VirtioMmio
+from kvmpy.boot.acpi import PciHost, VirtioMmio
 from kvmpy.irq import EventLine
 from kvmpy.machine.config import Config
-from kvmpy.virtio import Balloon, ConsoleDevice, MmioTransport, Rng, VirtioDevice, Vsock
+from kvmpy.pci import Ecam, MsiRoutes, PciBus
+from kvmpy.virtio import Balloon, ConsoleDevice, MmioTransport, PciTransport, Rng, VirtioDevice, Vsock
+from kvmpy.virtio.transport import VirtioTransport
 from kvmpy.vm import Vm
 
 
 class Slots(Protocol):
-    """Where devices are plugged in: a transport for each, with its addresses and interrupts."""
+    """Where devices are plugged in: a transport for each, with its addresses and interrupts.
+
+    `places` and `host` are what ACPI says of them, `cmdline` is what kernels without ACPI are told.
+    """
+
+    places: list[VirtioMmio]
+    host: PciHost | None
+
+    @property
+    def transports(self) -> Sequence[VirtioTransport]:
+        """One for each device, in the order of plugging."""
+        ...
+
+    @property
+    def cmdline(self) -> list[str]:
+        """Words of the kernel's command line."""
+        ...
 
     def plug(self, device: VirtioDevice) -> None:
         """Give `device` a transport; it is closed by `close()`. Raises ValueError when there is no room."""
@@ -29,6 +48,8 @@ class Slots(Protocol):
 
 class MmioSlots:
     """virtio-mmio: a page of registers and a GSI for each device, kicks by ioeventfd, interrupts by irqfd."""
+
+    host: PciHost | None = None
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
@@ -65,12 +86,45 @@ class MmioSlots:
         self._undo.close()
 
 
+class PciSlots:
+    """virtio-pci: a slot of the PCI bus for each device, kicks by ioeventfd, interrupts by irqfd (MSI-X) or a pin."""
+
+    def __init__(self, vm: Vm, bus: PciBus, *, firmware: bool) -> None:
+        """firmware: it places the BARs, and would not know of ECAM."""
+        self._vm = vm
+        self._bus = bus
+        self._msi = MsiRoutes(vm)
+        self._undo = contextlib.ExitStack()
+        self._firmware = firmware
+        self.places: list[VirtioMmio] = []
+        self.host: PciHost | None = None if firmware else PciHost(buses=1, gsis=layout.IRQ_PCI)
+        self.cmdline: list[str] = []
+        self.transports: list[PciTransport] = []
+        if not firmware:
+            vm.mmio.add(layout.PCI_ECAM, Ecam(bus))
+
+    def plug(self, device: VirtioDevice) -> None:
+        """Put `device` into the next free slot. Raises ValueError when there is none."""
+        transport = PciTransport(device, self._vm.memory, self._msi, self._vm)
+        self._undo.callback(transport.close)
+        self._bus.plug(transport.function)
+        self.transports.append(transport)
+        if not self._firmware:
+            self._bus.place_bars(layout.PCI_MMIO_START, layout.PCI_MMIO_END - layout.PCI_MMIO_START)
+
+    def close(self) -> None:
+        """See `Slots`."""
+        self._undo.close()
+
+
 class Virtio:
     """The devices that `config` asks for: disks, nics, shares, console, rng, balloon, vsock, others, in this order."""
 
-    def __init__(self, config: Config, vm: Vm) -> None:
+    def __init__(self, config: Config, vm: Vm, bus: PciBus | None) -> None:
         self.devices: list[VirtioDevice] = []
-        self.slots = MmioSlots(vm)
+        self.slots: Slots = (
+            MmioSlots(vm) if bus is None else PciSlots(vm, bus, firmware=config.firmware is not None)
+        )
         self._memory = vm.memory
         self._undo = contextlib.ExitStack()  # what devices use and do not close
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtio 1.2: split and packed virtqueues, the virtio-mmio transport, and the devices. See docs/virtio.md.
+"""Virtio 1.2: split and packed virtqueues, the transports virtio-mmio and virtio-pci, the devices. See docs/virtio.md.
 
 | device | is for |
 |---|---|
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvmpy.virtio.net_backend import PacketSocket as PacketSocket
     from kvmpy.virtio.net_backend import QueueBackend as QueueBackend
     from kvmpy.virtio.net_backend import TapFd as TapFd
+    from kvmpy.virtio.pci import PciTransport as PciTransport
     from kvmpy.virtio.rng import Rng as Rng
     from kvmpy.virtio.vsock import Vsock as Vsock
 
@@ -44,6 +45,7 @@ _WHERE = {
     "QueueBackend": "net_backend",
     "RateLimit": "limits",
     "PacketSocket": "net_backend",
+    "PciTransport": "pci",
     "TapFd": "net_backend",
     "Rng": "rng",
     "Vsock": "vsock",
