@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from kvmpy.memory import GuestMemory
 from kvmpy.virtio import features as f
-from kvmpy.virtio.mmio import CONFIG, MmioTransport
+from kvmpy.virtio.mmio import CONFIG
+from kvmpy.virtio.transport import VirtioTransport
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 PACKED_AVAIL, PACKED_USED = 1 << 7, 1 << 15
@@ -260,7 +261,7 @@ class PackedQueue(DriverQueue):
 class Driver:
     """A driver of one device: allocates rings and buffers in guest memory from `start` on."""
 
-    def __init__(self, transport: MmioTransport, memory: GuestMemory, start: int = 0x10_0000) -> None:
+    def __init__(self, transport: VirtioTransport, memory: GuestMemory, start: int = 0x10_0000) -> None:
         self.transport = transport
         self.memory = memory
         self.start_of_heap = self._next = start
@@ -298,6 +299,10 @@ class Driver:
     def config(self, offset: int, size: int) -> int:
         """A number in configuration space."""
         return self.transport.read(CONFIG + offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Write `size` bytes of configuration space."""
+        self.transport.write(CONFIG + offset, size, value)
 
     @property
     def status(self) -> int:

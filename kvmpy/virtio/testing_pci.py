@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver's side of virtio-pci: the same `Driver`, which names registers as virtio-mmio does, on the structures of BAR 0.
+"""The driver's side of virtio-pci: a `Driver`, which names registers as virtio-mmio does, on the structures of BAR 0.
 
 driver = PciDriver(transport, memory)                    # INTx; after use_msix(address) messages
 """
@@ -50,6 +50,10 @@ class PciDriver(Driver):
     def config(self, offset: int, size: int) -> int:
         """A number in the device's configuration space."""
         return self.pci.read(pci.DEVICE + offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Write the device's configuration space."""
+        self.pci.write(pci.DEVICE + offset, size, value)
 
     def use_msix(self, address: int = 0xFEE0_0000) -> None:
         """Enable MSI-X: vector n sends n + 0x40 to `address`; vector 0 is the configuration's, n + 1 queue n's."""

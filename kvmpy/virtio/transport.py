@@ -86,6 +86,14 @@ class VirtioTransport:
 
     # -- for transports to implement
 
+    def read(self, offset: int, size: int) -> int:
+        """The driver reads a register."""
+        raise NotImplementedError
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """The driver writes a register."""
+        raise NotImplementedError
+
     def _interrupts_reset(self) -> None:
         """No interrupt is pending any more; `_irq_lock` is held."""
         raise NotImplementedError

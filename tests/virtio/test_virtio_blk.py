@@ -189,7 +189,7 @@ def test_cache_modes(threaded, features, wce, flushed):
     with Rig(Blk(disk, threaded=threaded)) as rig:
         queue = rig.start(features).queues[0]
         if wce is not None:
-            rig.transport.write(0x120, 1, wce)
+            rig.driver.write_config(0x20, 1, wce)
             assert rig.driver.config(32, 1) == wce
         assert queue.request([header(OUT), b"x" * 512], [1]) == [OK]
         assert ("flush" in disk.log) is flushed
@@ -199,12 +199,12 @@ def test_cache_modes(threaded, features, wce, flushed):
 
 
 def test_the_cache_mode_has_two_values(rig):
-    rig.transport.write(0x120, 1, 0)
+    rig.driver.write_config(0x20, 1, 0)
     assert rig.driver.config(32, 1) == 1, "not negotiated"
     rig.start(ALL)
-    rig.transport.write(0x120, 1, 2)
-    rig.transport.write(0x120, 2, 0)
-    rig.transport.write(0x100, 8, 0)
+    rig.driver.write_config(0x20, 1, 2)
+    rig.driver.write_config(0x20, 2, 0)
+    rig.driver.write_config(0x0, 8, 0)
     assert rig.driver.config(32, 1) == 1 and rig.driver.config(0, 8) == MIB // 512
 
 

@@ -47,7 +47,7 @@ def test_emergency_write(threaded):
     host = Console()
     with Rig(ConsoleDevice(host, threaded=threaded)) as rig:
         for char in b"!\n":
-            rig.transport.write(0x108, 4, char)
+            rig.driver.write_config(0x8, 4, char)
         host.expect("!\n", timeout=10)
 
 
@@ -185,7 +185,7 @@ def test_inflated_pages_go_back_to_the_host(balloon):
     for page in (0x5000, 0x6000, 0x7000, HIGH + 0x1000):
         assert balloon.memory.read(page, 4096) == bytes(4096)
     assert balloon.memory.read(0x4FFF, 1) == balloon.memory.read(0x8000, 1) == b"\xa5"
-    balloon.transport.write(0x104, 4, 3)
+    balloon.driver.write_config(0x4, 4, 3)
     assert balloon.device.actual == 3 * 4096 and balloon.device.discarded == 4 * 4096
     driver.queues[1].request([struct.pack("<I", 5)])
 

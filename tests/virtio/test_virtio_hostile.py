@@ -9,6 +9,7 @@ import struct
 import threading
 
 import pytest
+import virtio_rig
 from test_virtio_blk import ALL, IN, OUT, MemoryDisk, header
 from virtio_rig import HEAP, HIGH, HOLE, MIB, ROM, TOP, Rig
 
@@ -69,6 +70,8 @@ HDR = (0, DATA, 16, NEXT, 1)  # of zeros: a read of sector 0
 
 def case_01_queue_sizes(r):
     for size in (0, 3, 257, 512, 0x8000, 0x1_0000, 0x1_0001, 0xFFFF_FFFF):
+        if virtio_rig.PCI and size == 0x1_0001:
+            continue  # its register has 16 bits
         r.set_up(size=size)
         assert r.driver.read(0x44) == 0 and r.driver.status & f.NEEDS_RESET
 

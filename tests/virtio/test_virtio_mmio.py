@@ -42,6 +42,7 @@ def rig(threaded):
         yield rig
 
 
+@pytest.mark.mmio_registers
 def test_identity(rig):
     assert [rig.driver.read(offset) for offset in (0, 4, 8)] == [0x7472_6976, 2, 42]
     assert rig.driver.offered() == 0b101 | f.COMMON | (f.RING_PACKED if virtio_rig.PACKED else 0)
@@ -58,6 +59,7 @@ def test_requests_and_the_interrupt(rig):
     assert not rig.line.level and driver.read(0x60) == 0
 
 
+@pytest.mark.mmio_registers
 def test_configuration_space_has_every_width_and_an_end(rig):
     assert [rig.transport.read(0x100 + at, 1) for at in range(8)] == [1, 2, 3, 4, 5, 6, 0, 0]
     assert rig.driver.config(4, 2) == 0x0605 and rig.driver.config(4, 4) == 0x0605
@@ -81,6 +83,7 @@ def test_a_change_by_the_host_is_told_once_the_driver_is_ready(rig):
     assert rig.driver.config(4, 1) == 0x78
 
 
+@pytest.mark.mmio_registers
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_registers_have_one_width(rig, size):
     for offset in range(0, 0x100, size):
@@ -90,6 +93,7 @@ def test_registers_have_one_width(rig, size):
     assert rig.driver.status == 0
 
 
+@pytest.mark.mmio_registers
 def test_unaligned_registers_do_not_exist(rig):
     assert rig.transport.read(1, 4) == rig.transport.read(0x72, 4) == 0
     rig.transport.write(0x71, 4, 1)
@@ -210,6 +214,7 @@ def test_queue_reset(rig):
     assert again.request([b"xyz"], [3]) == [b"zyx"]
 
 
+@pytest.mark.mmio_registers
 def test_a_stopped_queue_is_not_touched(rig):
     driver = rig.start()
     driver.write(0x30, 0)
@@ -248,6 +253,7 @@ def test_nothing_is_written_after_a_reset(rig):
         assert rig.memory.read(HEAP, 0x8000) == before
 
 
+@pytest.mark.mmio_registers
 def test_acknowledging_one_of_two_causes_makes_another_edge(rig):
     rig.start()
     rig.transport.queue_interrupt(0)

@@ -83,7 +83,7 @@ def test_configuration_space(threaded):
             n.MAC | n.MTU | n.STATUS | n.MRG_RXBUF | n.CTRL_VQ
         )
         assert not driver.offered() & (OFFLOADS | n.GUEST_CSUM), "no header on the wire, no offloads"
-        assert wire.rig.transport.read(0x100, 8) & (1 << 48) - 1 == int.from_bytes(wire.device.mac, "little")
+        assert driver.config(0, 8) & (1 << 48) - 1 == int.from_bytes(wire.device.mac, "little")
         assert driver.config(6, 2) == 1 and driver.config(10, 2) == 1400
 
 
