@@ -17,6 +17,8 @@ LONG = 30
 FOREVER = "ebfe"
 # 32-bit: mov eax,[0xd0000008] (DeviceID)  out 0xf4,al  hlt
 DEVICE_ID = "a1080000d0 e6f4 f4"
+# mov eax,0x80000800  mov dx,0xcf8  out dx,eax  mov dx,0xcfe  in al,dx (device id)  out 0xf4,al  hlt
+PCI_ID = "b800080080 66baf80c ef 66bafe0c ec e6f4 f4"
 
 
 @pytest.fixture
@@ -46,6 +48,26 @@ def open_files():
 
 def test_the_guest_finds_the_device(machine, image):
     assert machine(DEVICE_ID, disks=[f"{image},format=qcow2"]).run(timeout=LONG).code == 2 << 1 | 1
+
+
+def test_the_guest_finds_the_device_on_pci(machine, image):
+    m = machine(PCI_ID, disks=[f"{image},format=qcow2"], rng=True, transport="pci")
+    assert m.run(timeout=LONG).code == 0x42 << 1 | 1
+    ids = [m.vm.mmio.read(layout.PCI_ECAM + (slot << 15), 4) for slot in range(4)]
+    assert ids == [0x0008_1B36, 0x1042_1AF4, 0x1044_1AF4, 0xFFFF_FFFF]
+    assert m.vm.mmio.read(layout.PCI_ECAM + (2 << 15) + 0x10, 4) == 0xC000_8000, "placed before the guest starts"
+    assert m.virtio.slots.cmdline == [] == m.virtio.slots.places
+
+
+def test_a_firmware_finds_devices_on_pci_and_places_them_itself(backend, image):
+    with_disk = {"disks": [f"{image},format=qcow2"]}
+    by_mmio = with_disk | {"transport": "mmio"}
+    for fields, pci in ((with_disk, True), ({}, False), ({"transport": "pci"}, True), (by_mmio, False)):
+        m = Machine(firmware=io.BytesIO(b"\xf4" * 65536), memory="8M", backend=backend, **fields)
+        m.vm.pio.write(0xCF8, 4, 0x8000_0000)
+        assert m.vm.pio.read(0xCFC, 4) == (0x0008_1B36 if pci else 0xFFFF_FFFF)
+        assert all(t.function.config.get(0x10, 4) == 0 for t in m.virtio.slots.transports if pci)
+        m.close()
 
 
 def test_every_device_has_its_place_and_name(machine, image, tmp_path):

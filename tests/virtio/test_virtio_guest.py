@@ -18,7 +18,7 @@ from kvmpy.virtio import PacketSocket, Port
 
 pytestmark = pytest.mark.guest
 
-MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console")
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console")
 TRIAL = """cat /sys/block/vda/serial; echo; mke2fs /dev/vda > /dev/null && mkdir /m && mount -t ext4 /dev/vda /m
 dd if=/dev/urandom of=/m/data bs=4096 count=300 2> /dev/null; umount /m
 mount -t ext4 /dev/vda /m; md5sum < /m/data; umount /m
@@ -55,17 +55,17 @@ def backend_for_linux(request):
 
 
 @pytest.mark.parametrize("name", ["debian-6.1", pytest.param("debian-6.12", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("format", ["qcow2"])
-def test_linux_uses_every_device(name, format, backend_for_linux, tmp_path):
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
     guest = guests.find(name)
     if guest is None:
         pytest.skip(f"{name} is not in the cache: kvmpy guest get {name}")
-    create_disk(tmp_path / "disk", format, 32 << 20)
+    create_disk(tmp_path / "disk", "qcow2", 32 << 20)
     console, hvc, port = Console(), Console(), Console()
     backend, peer = PacketSocket.pair()
     host = threading.Thread(target=answer_arp, args=(peer,), daemon=True)
     host.start()
-    with open_disk(tmp_path / "disk", format) as disk:
+    with open_disk(tmp_path / "disk", "qcow2") as disk:
         with Machine(
             kernel=guest.kernel,
             initrd=guest.initrd_modules,
@@ -79,6 +79,7 @@ def test_linux_uses_every_device(name, format, backend_for_linux, tmp_path):
             hvc=[Port(hvc, console=True), Port(port, "agent")],
             rng=True,
             balloon=True,
+            transport=transport,
         ) as machine:
             outcome = machine.wait(timeout=300)
             stats = machine.stats()["virtio"]
