@@ -70,6 +70,12 @@ EXTENSIONS = [
         *(f"kvmpy/block/{name}.c" for name in ("disk", "file", "raw", "qcow2_core", "qcow2_cache", "qcow2_refcount")),
         *(f"kvmpy/block/{name}.c" for name in ("qcow2_map", "qcow2_io", "qcow2_zero", "qcow2_walk")),
     ),
+    extension(
+        "kvmpy.net.user._user",
+        *sorted(map(str, Path("kvmpy/net/user").glob("[!_]*.c"))),
+        "kvmpy/net/wire.c",
+        depends=("kvmpy/net/wire.h",),
+    ),
     software_cpu(),
     extension(
         "kvmpy.virtio._queue",

@@ -10,6 +10,7 @@
     ├── BootError (ValueError)        a kernel, initrd, command line or firmware that cannot be loaded
     ├── ImageError (ValueError)       a damaged or unsupported disk image
     ├── UnsupportedError (NotImplementedError)  documented as not there yet
+    ├── NetworkError                  a network, a link or a connection cannot be made, and why
     ├── StateError (RuntimeError)     right call, wrong moment: closed, running, not yet started
     └── GuestError                    the guest cannot go on; carries the report
         ├── GuestShutdown             triple fault
@@ -86,6 +87,10 @@ class ImageError(KvmpyError, ValueError):
 
 class UnsupportedError(KvmpyError, NotImplementedError):
     """What was asked for is not there (yet); the text says what is."""
+
+
+class NetworkError(KvmpyError):
+    """A network cannot be made; the text says what failed and what to do. `__cause__` is the OSError, if one was."""
 
 
 class StateError(KvmpyError, RuntimeError):
