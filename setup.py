@@ -70,6 +70,7 @@ EXTENSIONS = [
         *(f"kvmpy/block/{name}.c" for name in ("disk", "file", "raw", "qcow2_core", "qcow2_cache", "qcow2_refcount")),
         *(f"kvmpy/block/{name}.c" for name in ("qcow2_map", "qcow2_io", "qcow2_zero", "qcow2_walk")),
     ),
+    extension("kvmpy.net._hub", *(f"kvmpy/net/{name}.c" for name in ("hub", "port", "capture", "wire"))),
     extension(
         "kvmpy.net.user._user",
         *sorted(map(str, Path("kvmpy/net/user").glob("[!_]*.c"))),

@@ -70,6 +70,7 @@ class PacketSocket(Closing):
     def pair(cls) -> tuple[PacketSocket, socket.socket]:
         """A back end and the socket at its other end: what one sends, the other receives."""
         ours, theirs = wire()
+        theirs.setblocking(True)
         return cls(ours), theirs
 
     def set_offloads(self, offloads: int) -> None:

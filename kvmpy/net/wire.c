@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "wire.h"
 
+#define SMALLEST 48 /* bytes per segment, as Linux has it: else a frame becomes a flood of tiny ones */
+
 uint64_t sum_bytes(const void *data, size_t size, uint64_t sum)
 {
     const uint8_t *p = data;
@@ -59,7 +61,7 @@ static bool segment(uint8_t *frame, size_t size, const struct vnet *h, uint8_t *
         || tcp != h->csum_start || h->csum_offset != 16 || size < tcp + 20)
         return false;
     const size_t head = tcp + (f[tcp + 12] >> 4) * 4;
-    if (head < tcp + 20 || head > size || !h->gso_size)
+    if (head < tcp + 20 || head > size || h->gso_size < SMALLEST)
         return false;
     const uint32_t seq = get32(f + tcp + 4);
     const uint16_t id = get16(f + ip + 4);

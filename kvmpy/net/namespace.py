@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work in another network namespace: in a thread of its own, because a namespace belongs to a thread (setns(2))."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from kvmpy.errors import NetworkError
+
+T = TypeVar("T")
+
+CLONE_NEWNET = 0x40000000  # <linux/sched.h>
+NAMED = Path("/run/netns")  # where `ip netns add NAME` puts them
+
+
+def inside(namespace: str | None, call: Callable[[], T]) -> T:
+    """`call()` in the namespace of this name or path (such as /proc/PID/ns/net); None: here.
+
+    Raises NetworkError when there is no such namespace, and what the call raises.
+    """
+    if namespace is None:
+        return call()
+    path = Path(namespace) if "/" in namespace else NAMED / namespace
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _enter(path)
+            result.append(call())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="kvmpy-netns")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def _enter(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NetworkError(f"no network namespace {path}: {error.strerror}; make one: ip netns add {path.name}") from error
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(fd, CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise NetworkError(f"network namespace {path}: {os.strerror(number)}")
+    finally:
+        os.close(fd)
