@@ -17,7 +17,8 @@ from kvmpy.machine.nics import Nic
 from kvmpy.machine.shares import Share
 from kvmpy.machine.words import parse_size as parse_size
 from kvmpy.memory import GuestMemory, HugePages
-from kvmpy.virtio import NetBackend, Port, VirtioDevice
+from kvmpy.net import NetBackend
+from kvmpy.virtio import Port, VirtioDevice
 
 Path = str | os.PathLike[str]
 Module = Path | tuple[Path, str]
@@ -42,7 +43,8 @@ class Config:
     that hypervisor test programs expect (`kvmpy.devices.PcTestdev`).
 
     Virtio devices: disks: each a `Drive`, an open `kvmpy.block.Disk`, or text such as "root.qcow2,format=qcow2".
-    nets: each a `Nic`, a `virtio.NetBackend`, or text such as "tap:tap0". shares: each a `Share` or text. hvc: where
+    nets: each a `Nic`, a back end of `kvmpy.net`, or text such as "tap:tap0". shares: each a `Share` or text. hvc:
+    where
     hvc0 goes, or several `virtio.Port`s. rng: entropy. balloon: memory that the guest gives back. vsock: (CID, path
     of the Unix sockets), see `virtio.Vsock`. virtio: functions of guest memory that make further devices. transport:
     "mmio" or "pci", how the guest finds them; default "pci" with a firmware, which looks nowhere else, or "mmio".

@@ -2,7 +2,7 @@
 """The network cards of a machine: where their packets go.
 
 A word names a kind of back end, what it is called, and options: "tap:tap0,mac=52:54:00:12:34:56", "user".
-`KINDS` has a function for each kind; options that are not the card's own go to that function.
+Options that are not the card's own are the back end's: `kvmpy.net.words`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from kvmpy.errors import UnsupportedError
 from kvmpy.machine import words
-from kvmpy.virtio import Net, NetBackend, RateLimit, TapFd
+from kvmpy.net import NetBackend
+from kvmpy.net.words import KINDS, MANY, open_backend
+from kvmpy.virtio import Net, RateLimit
 from kvmpy.virtio.limits import NONE
 from kvmpy.virtio.net import parse_mac
-
-# open(name, options) -> back end; raises ValueError for wrong words, OSError when the host refuses.
-Open = Callable[[str, Mapping[str, str]], NetBackend]
 
 
 @dataclass(frozen=True, slots=True)
 class Nic:
     """A network card of a machine: `Nic("tap:tap0", mac="52:54:00:12:34:56")`.
 
-    backend: "tap:NAME" for a tap interface (needs the right to open it), "user" for a network without root, or an
-    object such as `virtio.TapFd` or `virtio.PacketSocket`, which is closed with the machine. mac: default a random one.
+    backend: "tap:NAME" for a tap interface (needs the right to open it), "user" for a network without root, others of
+    `net.words.KINDS`, or an object of `kvmpy.net`, which is closed with the machine. mac: default a random one.
     mtu: bytes, told to the guest. limit: how fast it may be, in each direction. options: of the kind of back end.
     """
 
@@ -50,31 +48,19 @@ class Nic:
     def parse(cls, text: str) -> Self:
         """A card from "KIND[:NAME][,mac=M][,mtu=BYTES][,bps=BYTES][,iops=FRAMES][,bps_burst=BYTES]
         [,iops_burst=FRAMES][,...]". Raises ValueError."""
-        backend, options = words.split(text)
+        backend, options = words.split(text, MANY)
         known: dict[str, Callable[[str], object]] = {"mac": str, "mtu": int}
         own = {key: options.pop(key) for key in known if key in options}
         limit = words.take_limit(text, options)
         return cls(backend, limit=limit, options=options, **words.convert(text, own, known))
 
     def open(self) -> NetBackend:
-        """Open the back end. Raises OSError, ValueError for options that it does not have, UnsupportedError."""
+        """Open the back end. Raises NetworkError, ValueError for options that it does not have."""
         if not isinstance(self.backend, str):
             return self.backend
         kind, _, name = self.backend.partition(":")
-        return KINDS[kind](name, self.options)
+        return open_backend(kind, name, self.options, self.mtu)
 
     def device(self, backend: NetBackend, name: str) -> Net:
         """The virtio device for the open back end."""
         return Net(backend, name=name, mac=self.mac, mtu=self.mtu, receive_limit=self.limit, transmit_limit=self.limit)
-
-
-def _tap(name: str, options: Mapping[str, str]) -> NetBackend:
-    words.convert(f"tap:{name}", options, {})
-    return TapFd.open(name)
-
-
-def _user(name: str, options: Mapping[str, str]) -> NetBackend:
-    raise UnsupportedError("the user-mode network is not there yet; use tap:NAME")
-
-
-KINDS: Mapping[str, Open] = {"tap": _tap, "user": _user}

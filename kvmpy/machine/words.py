@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from kvmpy.arch.layout import GIB, KIB, MIB
@@ -21,10 +21,10 @@ _UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": GIB << 10}
 SWITCH = {"on": True, "off": False}
 
 
-def split(text: str) -> tuple[str, dict[str, str]]:
+def split(text: str, many: Collection[str] = ()) -> tuple[str, dict[str, str]]:
     """The first word, and the "key=value" words behind it; a comma in a value is doubled (",,").
 
-    "key" alone means "key=on". Raises ValueError for an option that is given twice or has no name.
+    "key" alone means "key=on". Options of `many` may be repeated; their values are lines then. Raises ValueError for an option that is given twice or has no name.
     """
     # A comma ends a word unless it is one of a pair.
     first, *rest = [word.replace(",,", ",") for word in re.findall(r"(?:^|,)((?:[^,]|,,)*)", text)]
@@ -33,6 +33,9 @@ def split(text: str) -> tuple[str, dict[str, str]]:
         key, equals, value = word.partition("=")
         if not key:
             raise ValueError(f"{text!r}: an option is KEY=VALUE, not {word!r}")
+        if key in options and key in many:
+            options[key] += "\n" + value
+            continue
         if key in options:
             raise ValueError(f"{text!r}: {key} is given twice")
         options[key] = value if equals else "on"

@@ -36,6 +36,14 @@ class NetBackend(Protocol):
         ...
 
 
+class QueueBackend(NetBackend, Protocol):
+    """One of several queue pairs to the same place, such as the queues of one tap interface."""
+
+    def set_active(self, active: bool) -> None:
+        """Does the driver use this pair? If not, nothing may come from it."""
+        ...
+
+
 class Closing:
     """A back end, or something with back ends, as a context manager."""
 
@@ -46,7 +54,9 @@ class Closing:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

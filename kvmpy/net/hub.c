@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Where a frame goes: to the port behind which its address was seen, or to all (IEEE 802.1D, 7.5 to 7.9, without spanning trees).
+ * Where a frame goes: to the port behind which its address was seen, or to all (IEEE 802.1D, 7.5 to 7.9, without
+ * spanning trees).
  */
 #include "hub.h"
 

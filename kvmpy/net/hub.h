@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Ports that frames go between: a switch of many, or a relay of two (what comes in at one goes out at the other, and nothing
- * is lost). A port is a descriptor of frames, with or without the virtio header, or a byte stream of frames with their length.
+ * Ports that frames go between: a switch of many, or a relay of two (what comes in at one goes out at the other, and
+ * nothing
+ * is lost). A port is a descriptor of frames, with or without the virtio header, or a byte stream of frames with
+ * their length.
  */
 #ifndef KVMPY_NET_HUB_H
 #define KVMPY_NET_HUB_H

@@ -26,7 +26,9 @@ def routes(what: str) -> Iterator[Any]:
         with IPRoute() as ip:
             yield ip
     except NetlinkError as error:
-        advice = "; it needs CAP_NET_ADMIN: run as root, or use the user-mode network" if error.code == errno.EPERM else ""
+        advice = (
+            "; it needs CAP_NET_ADMIN: run as root, or use the user-mode network" if error.code == errno.EPERM else ""
+        )
         raise NetworkError(f"{what}: {os.strerror(error.code)}{advice}") from error
     except OSError as error:
         raise NetworkError(f"{what}: {error.strerror}") from error
@@ -38,7 +40,9 @@ def index_of(ip: Any, name: str) -> int | None:
     return int(found[0]) if found else None
 
 
-def configure(name: str, *, mtu: int | None, bridge: str | None, addresses: list[IPv4Interface | IPv6Interface]) -> bool:
+def configure(
+    name: str, *, mtu: int | None, bridge: str | None, addresses: list[IPv4Interface | IPv6Interface]
+) -> bool:
     """Set an interface up, in `bridge`, which is made if need be and then carries the addresses; was it made?
 
     Raises NetworkError; a bridge that was made is then removed again.

@@ -48,7 +48,9 @@ def _enter(path: Path) -> None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise NetworkError(f"no network namespace {path}: {error.strerror}; make one: ip netns add {path.name}") from error
+        raise NetworkError(
+            f"no network namespace {path}: {error.strerror}; make one: ip netns add {path.name}"
+        ) from error
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.setns(fd, CLONE_NEWNET):

@@ -20,7 +20,9 @@ WAS_OFF = "forwarding{}_was_off"  # an empty chain that remembers it, also after
 def nft(script: str) -> str:
     """Run a script of nft(8) in one transaction; what it prints. Raises NetworkError."""
     try:
-        done = subprocess.run(["nft", "-j", "-f", "-"], input=script, text=True, capture_output=True, timeout=30, check=False)
+        done = subprocess.run(
+            ["nft", "-j", "-f", "-"], input=script, text=True, capture_output=True, timeout=30, check=False
+        )
     except FileNotFoundError as error:
         raise NetworkError("address translation needs nft: install the package nftables") from error
     if done.returncode:

@@ -25,7 +25,7 @@ def _start_time(pid: int) -> int | None:
 
 def _place() -> int:
     """The process namespace: numbers of another one say nothing here."""
-    return os.stat(PROC / "self/ns/pid").st_ino
+    return (PROC / "self/ns/pid").stat().st_ino
 
 
 def mark() -> str:

@@ -20,8 +20,8 @@ log = logging.getLogger("kvmpy.net")
 class Pcap(Closing):
     """`backend`, with every frame in both directions written to `file` (pcap, nanoseconds, Ethernet).
 
-    backend: closed with it. file: a path, made anew (mode 0600: it holds what the guest says). snaplen: bytes of a frame
-    that are kept. With offloads, frames are captured as they pass: long, their checksums not filled in.
+    backend: closed with it. file: a path, made anew (mode 0600: it holds what the guest says). snaplen: bytes of a
+    frame that are kept. With offloads, frames are captured as they pass: long, their checksums not filled in.
     When the file cannot be written any more (a full disk), the capture ends and the network goes on; see `stats()`.
     Raises NetworkError; the back end is then closed too.
     """
@@ -98,7 +98,13 @@ class Pcap(Closing):
         self._watch.join()
         frames, lost, error = self._hub.captured
         if lost or error:
-            log.warning("%s: %s; %d of %d frames were captured", self._path, os.strerror(error or errno.EIO), frames, frames + lost)
+            log.warning(
+                "%s: %s; %d of %d frames were captured",
+                self._path,
+                os.strerror(error or errno.EIO),
+                frames,
+                frames + lost,
+            )
         self._hub.close()
         self._release()
 

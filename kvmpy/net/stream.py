@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames over a stream socket, each with its length before it: passt, gvproxy, QEMU's `-netdev stream`, another kvmpy."""
+"""Frames over a stream socket, each with its length before it: passt, gvproxy, QEMU's `-netdev stream`, another
+kvmpy."""
 
 from __future__ import annotations
 
@@ -172,7 +173,9 @@ class StreamSocket(Closing):
 
     def _lost(self) -> None:
         error = self._hub.state(PEER)[1]
-        why = "it sent no frame but nonsense" if error == errno.EBADMSG else os.strerror(error) if error else "it hung up"
+        why = (
+            "it sent no frame but nonsense" if error == errno.EBADMSG else os.strerror(error) if error else "it hung up"
+        )
         log.warning("%r: the peer is gone: %s", self._where, why)
         assert self._peer is not None
         self._peer.close()

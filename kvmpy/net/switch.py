@@ -61,7 +61,8 @@ class Switch(Closing):
         return port
 
     def connect(self, backend: NetBackend) -> None:
-        """Plug in a back end, which is closed with the switch: a `Tap`, a `UserNet`, a `StreamSocket`, another's port."""
+        """Plug in a back end, which is closed with the switch: a `Tap`, a `UserNet`, a `StreamSocket`, another's
+        port."""
         if self._closed:
             raise StateError("the switch is closed")
         try:

@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import shutil
+import socket
+import struct
 from collections.abc import Iterable
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
-from pathlib import Path
 
 from kvmpy.errors import NetworkError
 from kvmpy.net import links, nat
-from kvmpy.net.backend import Closing
+from kvmpy.net.backend import OFFLOADS, Closing
 from kvmpy.net.namespace import inside
-from kvmpy.net.tapfd import OFFLOADS, TUN, TapFd
+from kvmpy.net.tapfd import TUN, TapFd
 
 log = logging.getLogger("kvmpy.net")
 
+SIOCGIFFLAGS = 0x8913  # <linux/sockios.h>
 PATTERN = "kvmpy%d"  # the kernel puts a number in
 
 
@@ -27,9 +30,10 @@ class Tap(Closing):
     """A tap interface and what the host needs to reach the guest behind it.
 
     name: of the interface, one with %d is numbered by the kernel; if it exists (made for this user by root, say), it is
-    used. addresses: of the host on it, "192.168.77.1/24". bridge: a bridge to put it in, made if there is none of this name,
-    which then carries the addresses. namespace: name or path of the network namespace that the interface is in. mtu: bytes.
-    masquerade: the guest's packets leave by the host's other interfaces with their addresses (nftables).
+    used. addresses: of the host on it, "192.168.77.1/24". bridge: a bridge to put it in, made if there is none of
+    this name,
+    which then carries the addresses. namespace: name or path of the network namespace that the interface is in. mtu:
+    bytes. masquerade: the guest's packets leave by the host's other interfaces with their addresses (nftables).
     queues: of a card with several queue pairs; `backends` has a back end for each.
 
     Everything is removed at `close`, and after a crash: the tap goes with the process, a bridge and a table of nftables
@@ -114,13 +118,23 @@ def reclaim() -> list[str]:
 
 def _open(name: str, queues: int) -> list[TapFd]:
     try:
-        return TapFd.open_queues(name, queues) if queues > 1 else [TapFd.open(name)]
+        taps = [TapFd.open(name, multi_queue=queues > 1)]
+        try:
+            for _ in range(queues - 1):
+                taps.append(TapFd.open(taps[0].name, multi_queue=True))
+        except BaseException:
+            for tap in taps:
+                tap.close()
+            raise
+        return taps
     except OSError as error:
         advice = ""
         if error.errno == errno.ENOENT:
             advice = "; load the driver: sudo modprobe tun"
         elif error.errno in (errno.EPERM, errno.EACCES):
-            advice = "; it needs CAP_NET_ADMIN: run as root, have root make one (ip tuntap add NAME mode tap user USER), "
+            advice = (
+                "; it needs CAP_NET_ADMIN: run as root, have root make one (ip tuntap add NAME mode tap user USER), "
+            )
             advice += "or use the user-mode network"
         elif error.errno == errno.EBUSY:
             advice = "; another process has it"
@@ -130,11 +144,9 @@ def _open(name: str, queues: int) -> list[TapFd]:
 
 
 def _is_up(name: str) -> bool:
-    flags = Path(f"/sys/class/net/{name}/flags")
-    try:
-        return bool(int(flags.read_text(), 16) & 1)
-    except (OSError, ValueError):
-        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        flags = struct.unpack("16xH22x", fcntl.ioctl(sock, SIOCGIFFLAGS, struct.pack("16s24x", name.encode())))[0]
+    return bool(flags & 1)
 
 
 def _interface(word: str) -> IPv4Interface | IPv6Interface:

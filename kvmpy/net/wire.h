@@ -81,8 +81,8 @@ static inline void put_sum(void *at, uint16_t sum)
 
 /* A frame whose checksum or segmentation was left to the receiver (virtio 1.2, 5.1.6.2), for a receiver that takes
  * only `takes`: gives `emit` one or more complete frames, each with VNET bytes before it, in `room` (VNET + MAX_FRAME
- * bytes) or in place, which changes `frame`. frame: VNET bytes and `size` bytes of frame. False when the header does not fit the
- * frame; stops when emit says false. */
+ * bytes) or in place, which changes `frame`. frame: VNET bytes and `size` bytes of frame. False when the header does
+ * not fit the frame; stops when emit says false. */
 typedef bool (*emit_fn)(void *to, uint8_t *frame, size_t size);
 bool finish_frame(uint8_t *frame, size_t size, unsigned takes, uint8_t *room, emit_fn emit, void *to);
 

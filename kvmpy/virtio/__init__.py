@@ -4,7 +4,7 @@
 | device | is for |
 |---|---|
 | `Blk` | a disk of `kvmpy.block` |
-| `Net` | packets over a `NetBackend`: `TapFd`, `PacketSocket` |
+| `Net` | packets over a back end of `kvmpy.net` |
 | `ConsoleDevice` | consoles (hvc0) and named ports over `kvmpy.chardev` |
 | `Rng` | entropy |
 | `Balloon` | memory back to the host |
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from kvmpy.virtio.limits import RateLimit as RateLimit
     from kvmpy.virtio.mmio import MmioTransport as MmioTransport
     from kvmpy.virtio.net import Net as Net
-    from kvmpy.virtio.net_backend import NetBackend as NetBackend
-    from kvmpy.virtio.net_backend import PacketSocket as PacketSocket
-    from kvmpy.virtio.net_backend import QueueBackend as QueueBackend
-    from kvmpy.virtio.net_backend import TapFd as TapFd
     from kvmpy.virtio.pci import PciTransport as PciTransport
     from kvmpy.virtio.rng import Rng as Rng
     from kvmpy.virtio.vsock import Vsock as Vsock
@@ -41,12 +37,8 @@ _WHERE = {
     "VirtioDevice": "device",
     "MmioTransport": "mmio",
     "Net": "net",
-    "NetBackend": "net_backend",
-    "QueueBackend": "net_backend",
     "RateLimit": "limits",
-    "PacketSocket": "net_backend",
     "PciTransport": "pci",
-    "TapFd": "net_backend",
     "Rng": "rng",
     "Vsock": "vsock",
 }

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvmpy.devices.base import StateReader
-from kvmpy.virtio import net_backend as b
+from kvmpy.net import backend as b
 from kvmpy.virtio._queue import BLOCKED, GONE, IDLE, Chain, Limiter, NetServer
 from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.limits import NONE, RateLimit

@@ -11,7 +11,8 @@ import pytest
 from test_virtio_blk import IN, OK, OUT, MemoryDisk, header
 from virtio_rig import Rig
 
-from kvmpy.virtio import Blk, Net, PacketSocket, RateLimit
+from kvmpy.net import PacketSocket
+from kvmpy.virtio import Blk, Net, RateLimit
 from kvmpy.virtio._queue import Limiter
 
 

@@ -16,7 +16,8 @@ from test_virtio_blk import ALL, MemoryDisk
 from virtio_rig import HEAP, HEAP_END, HIGH, HOLE, ROM, TOP, Rig
 
 from kvmpy.chardev import Null
-from kvmpy.virtio import Balloon, Blk, ConsoleDevice, Net, PacketSocket, Port, Rng
+from kvmpy.net import PacketSocket
+from kvmpy.virtio import Balloon, Blk, ConsoleDevice, Net, Port, Rng
 from kvmpy.virtio import features as f
 
 SECONDS = float(os.environ.get("KVMPY_FUZZ_SECONDS", "0"))

@@ -14,7 +14,8 @@ from kvmpy import Drive, Machine, guests
 from kvmpy.block import create_disk, open_disk
 from kvmpy.chardev import Console
 from kvmpy.guests.init import parameters
-from kvmpy.virtio import PacketSocket, Port
+from kvmpy.net import PacketSocket
+from kvmpy.virtio import Port
 
 pytestmark = pytest.mark.guest
 

@@ -14,7 +14,8 @@ from test_virtio_blk import ALL, IN, OUT, MemoryDisk, header
 from virtio_rig import HEAP, HIGH, HOLE, MIB, ROM, TOP, Rig
 
 from kvmpy.chardev import Console
-from kvmpy.virtio import Balloon, Blk, ConsoleDevice, Net, PacketSocket, Port
+from kvmpy.net import PacketSocket
+from kvmpy.virtio import Balloon, Blk, ConsoleDevice, Net, Port
 from kvmpy.virtio import console as c
 from kvmpy.virtio import features as f
 from kvmpy.virtio import net as n

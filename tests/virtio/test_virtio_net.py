@@ -9,7 +9,8 @@ import struct
 import pytest
 from virtio_rig import Rig
 
-from kvmpy.virtio import Net, PacketSocket, TapFd
+from kvmpy.net import PacketSocket, TapFd
+from kvmpy.virtio import Net
 from kvmpy.virtio import features as f
 from kvmpy.virtio import net as n
 

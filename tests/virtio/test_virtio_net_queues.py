@@ -7,7 +7,8 @@ import socket
 import pytest
 from virtio_rig import Rig
 
-from kvmpy.virtio import Net, PacketSocket, TapFd
+from kvmpy.net import PacketSocket, TapFd
+from kvmpy.virtio import Net
 from kvmpy.virtio import net as n
 
 PLAIN = bytes(12)

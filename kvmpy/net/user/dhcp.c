@@ -6,7 +6,8 @@
 
 enum { DISCOVER = 1, OFFER, REQUEST, DECLINE, ACKNOWLEDGE, NAK, RELEASE, INFORM };
 enum {
-    SUBNET = 1, ROUTER = 3, DNS = 6, HOST_NAME = 12, DOMAIN = 15, MTU = 26, ADDRESS = 50, LEASE = 51, TYPE = 53, SERVER = 54
+    SUBNET = 1, ROUTER = 3, DNS = 6, HOST_NAME = 12, DOMAIN = 15, MTU = 26, ADDRESS = 50, LEASE = 51, TYPE = 53,
+    SERVER = 54,
 };
 #define FIXED 240 /* bytes before the options, with the magic number */
 #define LEASE_SECONDS 86400

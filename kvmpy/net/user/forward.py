@@ -84,7 +84,8 @@ class HostForward:
 
 @dataclass(frozen=True, slots=True)
 class GuestForward:
-    """The guest's connections to `address`:`port` of its network go to a socket of the host: (address, port) or a path."""
+    """The guest's connections to `address`:`port` of its network go to a socket of the host: (address, port) or a
+    path."""
 
     protocol: int
     address: Address | None  # None: the gateway

@@ -150,7 +150,8 @@ void echo_outwards(struct stack *s, struct packet *p, uint16_t id)
         else
             to.in6.sin6_port = 0;
         f->source.fd = echo_socket(s, f, to.family);
-        if (f->source.fd < 0 || connect(f->source.fd, &to.any, to.size) || !stack_watch(s, &f->source, EPOLLIN, false)) {
+        if (f->source.fd < 0 || connect(f->source.fd, &to.any, to.size)
+            || !stack_watch(s, &f->source, EPOLLIN, false)) {
             icmp_error(s, p, f->source.fd < 0 ? PROHIBITED : NO_NET);
             flow_free(s, f);
             return;

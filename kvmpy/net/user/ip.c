@@ -70,8 +70,8 @@ static void forget(struct reassembly *r)
     *r = (struct reassembly){0};
 }
 
-/* A fragment; the whole datagram when it is complete, in r->data, to be forgotten by the caller. Fragments must come in order,
- * as every sender sends them: what overlaps, repeats or leaves a hole ends the datagram. */
+/* A fragment; the whole datagram when it is complete, in r->data, to be forgotten by the caller. Fragments must come
+ * in order, as every sender sends them: what overlaps, repeats or leaves a hole ends the datagram. */
 static struct reassembly *collect(struct stack *s, const uint8_t *ip, const uint8_t *data, uint32_t size)
 {
     const uint32_t offset = (get16(ip + 6) & 0x1FFF) * 8;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * IPv6 (RFC 8200) on the guest's link: router advertisements with the prefix and the DNS server (RFC 4861, 8106), neighbour
- * discovery, echo. Extension headers are not taken: nothing that is carried over sockets has them.
+ * IPv6 (RFC 8200) on the guest's link: router advertisements with the prefix and the DNS server (RFC 4861, 8106),
+ * neighbour discovery, echo. Extension headers are not taken: nothing that is carried over sockets has them.
  */
 #include "user.h"
 
@@ -145,7 +145,8 @@ void ip6_input(struct stack *s, const uint8_t *frame, size_t size, bool summed)
     memcpy(p.dst.b, ip + 24, 16);
     static const struct addr NOBODY;
     const bool nobody = addr_same(&p.src, &NOBODY);
-    if (addr_is4(&p.src) || addr_is4(&p.dst) || (nobody ? ip[6] != IP_ICMP6 : !on_network(s, &p.src) || is_ours6(s, &p.src))) {
+    if (addr_is4(&p.src) || addr_is4(&p.dst)
+        || (nobody ? ip[6] != IP_ICMP6 : !on_network(s, &p.src) || is_ours6(s, &p.src))) {
         s->counts.ignored++; /* an address that no guest can have here; IPv4 has no business in this header */
         return;
     }

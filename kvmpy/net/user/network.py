@@ -34,8 +34,8 @@ PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
 class Decision:
     """Something that the guest (or, `inbound`, a client of a forward) wanted to reach, and what became of it.
 
-    time: seconds since 1970. reason: "default", "rule" (number `rule` of the policy), "forward", "special address", "limit".
-    name: of a question to the DNS, else empty.
+    time: seconds since 1970. reason: "default", "rule" (number `rule` of the policy), "forward", "special address",
+    "limit". name: of a question to the DNS, else empty.
     """
 
     time: float
@@ -51,7 +51,9 @@ class Decision:
     def __str__(self) -> str:
         verdict = "allowed" if self.allowed else "denied"
         why = f"rule {self.rule}" if self.rule is not None else self.reason
-        guest, peer = (f"{host}:{port}" if ":" not in host else f"[{host}]:{port}" for host, port in (self.guest, self.peer))
+        guest, peer = (
+            f"{host}:{port}" if ":" not in host else f"[{host}]:{port}" for host, port in (self.guest, self.peer)
+        )
         if self.name:
             return f"{verdict} dns {guest} asks for {self.name} ({why})"
         return f"{verdict} {self.protocol} {f'{peer} -> {guest}' if self.inbound else f'{guest} -> {peer}'} ({why})"
@@ -60,8 +62,10 @@ class Decision:
 class UserNet(Closing):
     """A network for one guest (or, through a `Switch`, several) behind a gateway made of ordinary sockets.
 
-    network: IPv4, its second address is the gateway, the third the DNS server, the fifteenth and those after it are given
-    out by DHCP. host_forwards, guest_forwards: see `HostForward.parse` and `GuestForward.parse`. policy: what the guest may
+    network: IPv4, its second address is the gateway, the third the DNS server, the fifteenth and those after it are
+    given
+    out by DHCP. host_forwards, guest_forwards: see `HostForward.parse` and `GuestForward.parse`. policy: what the
+    guest may
     reach. host_loopback: the gateway's ports are those of the host's 127.0.0.1. dns: servers to ask, "1.1.1.1" or
     ("127.0.0.1", 5353); by default those of /etc/resolv.conf. mtu: bytes. on_decision: called with each `Decision`
     in a thread of the network; they are logged too ("kvmpy.net", INFO and for denied ones WARNING).
@@ -194,8 +198,8 @@ class UserNet(Closing):
     def set_policy(self, policy: Policy) -> None:
         """From now on new connections are judged by this one; those that exist go on.
 
-        Names without `*.` are resolved here and now, so that a guest with an address from elsewhere is served too; a name that
-        the host cannot resolve is no error. Raises ValueError for more rules than fit.
+        Names without `*.` are resolved here and now, so that a guest with an address from elsewhere is served too; a
+        name that the host cannot resolve is no error. Raises ValueError for more rules than fit.
         """
         rules = [(r.allow, r.protocols, r.network, r.name, *r.ports) for r in policy.rules]
         self._stack.set_rules(rules, policy.allows_the_rest, policy.filter_names)
@@ -252,7 +256,15 @@ class UserNet(Closing):
     def _tell(self) -> None:
         for time, allowed, protocol, reason, inbound, rule, guest, peer, name in self._stack.decisions():
             decision = Decision(
-                time, allowed, PROTOCOLS[protocol], guest, peer, REASONS[reason], None if rule < 0 else rule, inbound, name
+                time,
+                allowed,
+                PROTOCOLS[protocol],
+                guest,
+                peer,
+                REASONS[reason],
+                None if rule < 0 else rule,
+                inbound,
+                name,
             )
             log.log(logging.INFO if allowed else logging.WARNING, "%s", decision)
             if self._on_decision is not None:

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What a guest may reach: rules in order, the first that fits decides. Names fit through the addresses they resolved to.
+ * What a guest may reach: rules in order, the first that fits decides. Names fit through the addresses they resolved
+ * to.
  */
 #include "user.h"
 

@@ -3,9 +3,9 @@
 
     Policy([Rule.parse("deny", "10.0.0.0/8"), Rule.parse("allow", "tcp:*.debian.org:80-443")])
 
-A rule is `[tcp:|udp:|icmp:]HOST[:PORT[-PORT]]`; HOST is an address, a network such as 10.0.0.0/8 or [fd00::]/8, a name, a
-name with `*.` before it for everything below it, or `any`. With rules that allow, the rest is denied; with rules
-that only deny, the rest is allowed.
+A rule is `[tcp:|udp:|icmp:]HOST[:PORT[-PORT]]`; HOST is an address, a network such as 10.0.0.0/8 or [fd00::]/8, a
+name, a name with `*.` before it for everything below it, or `any`. With rules that allow, the rest is denied; with
+rules that only deny, the rest is allowed.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _place(word: str, text: str) -> tuple[Network | None, str | None]:
 class Policy:
     """Rules in order; what none fits is allowed if `otherwise` says so (None: unless there is a rule that allows).
 
-    filter_names: names are resolved only if a rule for them or `otherwise` allows it, so that questions to the DNS carry
-    nothing out. Addresses of the host itself (127.0.0.0/8, ::1), link-local ones and groups are reached only
+    filter_names: names are resolved only if a rule for them or `otherwise` allows it, so that questions to the DNS
+    carry nothing out. Addresses of the host itself (127.0.0.0/8, ::1), link-local ones and groups are reached only
     by a rule whose network is among them.
     """
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The host's side of TCP: a socket per flow, edge-triggered, and back pressure both ways. What the guest sends goes straight
+ * The host's side of TCP: a socket per flow, edge-triggered, and back pressure both ways. What the guest sends goes
+ * straight
  * from its frame into the socket; only what the socket does not take now is kept, and the guest's window shrinks by it.
  * What the host sends is read when `out` has room, so that a slow guest slows the far end down.
  */

@@ -45,8 +45,8 @@ void tcp_unblocked(struct stack *s)
 {
     struct flow *list = s->blocked;
     s->blocked = NULL;
-    /* Those that find no room again put themselves on the new list. A flow on the old one must not be freed by another's
-     * turn: only its own turn frees a flow. */
+    /* Those that find no room again put themselves on the new list. A flow on the old one must not be freed by
+     * another's turn: only its own turn frees a flow. */
     while (list) {
         struct flow *f = list;
         list = f->next_blocked;

@@ -14,8 +14,8 @@
 #define DNS_WAIT (10 * NS)
 #define HEADERS (VNET + ETHER + 40 + 8)
 
-void udp_reply(struct stack *s, const uint8_t mac[6], const struct endpoint *from, const struct endpoint *to, uint8_t *data,
-               size_t size)
+void udp_reply(struct stack *s, const uint8_t mac[6], const struct endpoint *from, const struct endpoint *to,
+               uint8_t *data, size_t size)
 {
     uint8_t *udp = data - 8;
     if (size > 65535 - 40 - 8) {
@@ -82,7 +82,8 @@ static void host_ready(struct stack *s, struct source *source, uint32_t events)
     }
 }
 
-static struct flow *open_flow(struct stack *s, struct packet *p, const struct endpoint *guest, const struct endpoint *far)
+static struct flow *open_flow(struct stack *s, struct packet *p, const struct endpoint *guest,
+                              const struct endpoint *far)
 {
     struct target to;
     bool dns;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * User-mode network: a gateway made of one thread and ordinary sockets. Frames of the guest come and go on `port`; the far
- * ends of its connections are sockets of the host. docs/networks.md tells the whole; here the structures.
+ * User-mode network: a gateway made of one thread and ordinary sockets. Frames of the guest come and go on `port`;
+ * the far ends of its connections are sockets of the host. docs/networks.md tells the whole; here the structures.
  *
  * Everything runs in the thread of stack_run, under `lock`, which other threads take to change the configuration.
  * Objects that die while events are handed out are freed only after the last of them: stack_reap.
@@ -342,8 +342,8 @@ bool dns_servfail(struct stack *, struct packet *, const struct endpoint *guest,
 
 /* -- udp.c */
 void udp_input(struct stack *, struct packet *);
-void udp_reply(struct stack *, const uint8_t mac[6], const struct endpoint *from, const struct endpoint *to, uint8_t *data,
-               size_t size); /* data: room for all headers before it */
+void udp_reply(struct stack *, const uint8_t mac[6], const struct endpoint *from, const struct endpoint *to,
+               uint8_t *data, size_t size); /* data: room for all headers before it */
 void udp_listener_ready(struct stack *, struct source *, uint32_t events);
 
 /* -- tcp_*.c */
