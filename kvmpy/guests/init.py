@@ -9,8 +9,10 @@ words of the kernel command line (make them with `parameters()`, which quotes):
     kvmpy.exit=PORT         after the command, write its status to this I/O port (a debug-exit device) instead
     kvmpy.modules=A,B       load these modules too (the initramfs must hold them)
     kvmpy.reboot            end with a reset instead of a power-off
+    root=DEVICE             mount it (also UUID=... or LABEL=..., of type rootfstype=, read-only unless "rw" is there),
+                            and start its /sbin/init, or init=, as the first program
 
-Without a command there is a root shell on the console; the guest powers off when it ends.
+Without a command or a root there is a root shell on the console; the guest powers off when it ends.
 """
 
 from __future__ import annotations
@@ -68,6 +70,20 @@ if [ -e "/lib/modules/$(uname -r)/modules.dep" ]; then
     for module in $(echo "$modules" | tr , ' '); do
         modprobe "$module" || echo "kvmpy: no module $module"
     done
+fi
+
+# Another system's root: the kernel's own words, which it leaves to us as there is an initramfs.
+if root=$(word root); then
+    case $root in UUID=*|LABEL=*) find="findfs $root" ;; *) find="ls $root" ;; esac
+    for attempt in 1 2 3 4 5 6 7 8 9 10; do device=$($find 2>/dev/null) && break; sleep 0.5; done
+    type=$(word rootfstype) && type="-t $type"
+    case $line in *" rw "*) how=rw ;; *) how=ro ;; esac
+    program=$(word init) || program=/sbin/init
+    if mount $type -o "$how" "${device:-$root}" /mnt; then
+        for place in dev proc sys run; do mount --move "/$place" "/mnt/$place"; done
+        exec switch_root /mnt "$program"
+    fi
+    echo "kvmpy: $root cannot be mounted"
 fi
 
 if [ "$run" ]; then

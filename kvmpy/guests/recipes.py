@@ -125,6 +125,44 @@ def _base(busybox: Path) -> dict[str, initramfs.Source]:
     return entries
 
 
+# mke2fs and e2fsck with the libraries that they load, for behind another initramfs.
+E2FSPROGS = (
+    Ingredient("e2fsprogs", "e2fsprogs", "e2fsprogs", "GPL-2.0-only"),
+    Ingredient("libext2fs", "libext2fs2", "libext2fs2", "GPL-2.0-only AND LGPL-2.0-only"),
+    Ingredient("libcom-err", "libcom-err2", "libcom-err2", "MIT"),
+    Ingredient("libblkid", "libblkid1", "libblkid1", "LGPL-2.1-or-later"),
+    Ingredient("libuuid", "libuuid1", "libuuid1", "BSD-3-Clause"),
+    Ingredient("libc", "libc6", "libc6", "LGPL-2.1-or-later"),
+)
+E2FS_PROGRAMS = {"mke2fs": ("mkfs.ext4",), "e2fsck": ("fsck.ext4",), "resize2fs": (), "tune2fs": ()}
+E2FS_LIBRARIES = ("libext2fs.so.2", "libe2p.so.2", "libcom_err.so.2", "libblkid.so.1", "libuuid.so.1", "libc.so.6")
+LOADER = "ld-linux-x86-64.so.2"
+
+
+def _take_e2fsprogs(path: str) -> bool:
+    name = Path(path).name
+    return name in E2FS_PROGRAMS or name == "mke2fs.conf" or (name.startswith(("ld-linux", "lib")) and ".so" in name)
+
+
+def _build_e2fsprogs(unpacked: Mapping[str, Path], out: Path) -> dict[str, Path]:
+    def find(name: str) -> bytes:
+        # A library is a link to the file with its full version; the C library and the loader are files.
+        found = sorted(path for tree in unpacked.values() for path in tree.rglob(name) if path.is_file())
+        if not found:
+            raise PackageError(f"no package has {name}")
+        return found[0].read_bytes()
+
+    entries: dict[str, initramfs.Source] = {"etc/mke2fs.conf": find("mke2fs.conf")}
+    for program, others in E2FS_PROGRAMS.items():
+        entries[f"usr/sbin/{program}"] = initramfs.File(find(program), 0o755)
+        entries |= {f"usr/sbin/{other}": initramfs.Link(program) for other in others}
+    for library in E2FS_LIBRARIES:
+        entries[f"lib/x86_64-linux-gnu/{library}"] = initramfs.File(find(library), 0o755)
+    entries[f"lib64/{LOADER}"] = initramfs.File(find(LOADER), 0o755)
+    (out / "e2fsprogs.gz").write_bytes(initramfs.build(entries))
+    return {"initrd": out / "e2fsprogs.gz"}
+
+
 def _take_seabios(path: str) -> bool:
     return path.startswith("usr/share/seabios/") and path.endswith(".bin")
 
@@ -208,6 +246,13 @@ RECIPES: Mapping[str, Recipe] = {
             lambda path: path.startswith("boot/"),
             _build_memtest,
             "console=ttyS0,115200",
+        ),
+        Recipe(
+            "e2fsprogs",
+            "mkfs.ext4 and fsck.ext4, for behind another guest's initramfs",
+            E2FSPROGS,
+            _take_e2fsprogs,
+            _build_e2fsprogs,
         ),
         Recipe(
             "busybox",

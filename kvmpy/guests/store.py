@@ -54,13 +54,17 @@ def cache_directory() -> Path:
 def find(name: str) -> Guest | None:
     """Find a guest in the cache; never opens the network.
 
-    Returns: the guest, or None when it is not there or another version of kvmpy made it.
+    Returns: the guest, or None when it is not there, or only as another version of kvmpy makes it.
     Errors: ValueError for a name that is no stock guest.
     """
     recipe = _recipe(name)
-    current = cache_directory() / "guests" / name / "current"
-    guest = guests.load(current.resolve())
-    return guest if guest is not None and guest.recipe == recipe.identity else None
+    home = cache_directory() / "guests" / name
+    # Not only the current one: another version of kvmpy may share this cache.
+    for directory in [(home / "current").resolve(), *sorted(home.glob(f"*-{recipe.identity}"), reverse=True)]:
+        guest = guests.load(directory)
+        if guest is not None and guest.recipe == recipe.identity:
+            return guest
+    return None
 
 
 def get(

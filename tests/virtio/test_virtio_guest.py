@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stock Debian kernels drive the devices: their own modules, ACPI, interrupts by irqfd, kicks by ioeventfd."""
 
+import io
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ import pytest
 from kvmpy import Drive, Machine, guests
 from kvmpy.block import create_disk, open_disk
 from kvmpy.chardev import Console
+from kvmpy.cli import main
 from kvmpy.guests.init import parameters
 from kvmpy.net import PacketSocket
 from kvmpy.virtio import Port
@@ -20,9 +22,9 @@ from kvmpy.virtio import Port
 pytestmark = pytest.mark.guest
 
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console")
-TRIAL = """cat /sys/block/vda/serial; echo; mke2fs /dev/vda > /dev/null && mkdir /m && mount -t ext4 /dev/vda /m
-dd if=/dev/urandom of=/m/data bs=4096 count=300 2> /dev/null; umount /m
-mount -t ext4 /dev/vda /m; md5sum < /m/data; umount /m
+TRIAL = """cat /sys/block/vda/serial; echo; mkfs.ext4 -q /dev/vda && mkdir /m && mount /dev/vda /m
+dd if=/dev/urandom of=/m/data bs=4096 count=300 2> /dev/null; umount /m; fsck.ext4 -f -n /dev/vda || exit 1
+mount /dev/vda /m; md5sum < /m/data; umount /m
 ip addr add 10.0.0.2/24 dev eth0; ip link set eth0 up; arping -c 3 -w 10 -f -I eth0 10.0.0.1
 head -c 32 /dev/hwrng | wc -c; echo through-hvc0 > /dev/hvc0; echo through-the-port > /dev/vport2p1; sync"""
 
@@ -61,6 +63,9 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
     guest = guests.find(name)
     if guest is None:
         pytest.skip(f"{name} is not in the cache: kvmpy guest get {name}")
+    tools = guests.find("e2fsprogs")
+    if tools is None:
+        pytest.skip("e2fsprogs is not in the cache: kvmpy guest get e2fsprogs")
     create_disk(tmp_path / "disk", "qcow2", 32 << 20)
     console, hvc, port = Console(), Console(), Console()
     backend, peer = PacketSocket.pair()
@@ -69,7 +74,7 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
     with open_disk(tmp_path / "disk", "qcow2") as disk:
         with Machine(
             kernel=guest.kernel,
-            initrd=guest.initrd_modules,
+            initrd=io.BytesIO(guest.initrd_modules.read_bytes() + tools.initrd.read_bytes()),
             memory="256M",
             backend=backend_for_linux,
             decompress=True,
@@ -93,7 +98,7 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
         hvc.expect("through-hvc0", timeout=1)
         port.expect("through-the-port", timeout=1)
         assert stats["blk0"]["flushes"] > 0 and stats["blk0"]["errors"] == 0
-        (tmp_path / "raw").write_bytes(disk.pread(0, disk.size))
+    assert main(["image", "convert", "-f", "qcow2", "-O", "raw", f"{tmp_path}/disk", f"{tmp_path}/raw"]) == 0
     host.join(10)
     peer.close()
     if shutil.which("e2fsck") and shutil.which("debugfs"):
