@@ -78,6 +78,7 @@ EXTENSIONS = [
         depends=("kvmpy/net/wire.h",),
     ),
     software_cpu(),
+    extension("kvmpy.virtio._host"),
     extension(
         "kvmpy.virtio._queue",
         *(f"kvmpy/virtio/{name}.c" for name in ("queue", "queue_split", "queue_packed", "limit")),

@@ -7,9 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Self
 
-from kvmpy.errors import UnsupportedError
 from kvmpy.machine import words
-from kvmpy.virtio import VirtioDevice
+from kvmpy.virtio import SharedFolder, VirtioDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,5 +31,5 @@ class Share:
         return cls(folder, **words.convert(text, options, {"tag": str, "readonly": words.switch}))
 
     def device(self, name: str) -> VirtioDevice:
-        """The virtio device. Raises OSError, UnsupportedError."""
-        raise UnsupportedError(f"{name}: shared folders are not there yet; use a disk")
+        """The virtio device. Raises OSError."""
+        return SharedFolder(self.folder, self.tag, readonly=self.readonly, name=name)

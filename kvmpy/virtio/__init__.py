@@ -8,6 +8,7 @@
 | `ConsoleDevice` | consoles (hvc0) and named ports over `kvmpy.chardev` |
 | `Rng` | entropy |
 | `Balloon` | memory back to the host |
+| `SharedFolder` | a folder of the host (virtio-fs) |
 | `Vsock` | stream sockets between programs of host and guest |
 """
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kvmpy.virtio.console import ConsoleDevice as ConsoleDevice
     from kvmpy.virtio.console import Port as Port
     from kvmpy.virtio.device import VirtioDevice as VirtioDevice
+    from kvmpy.virtio.fs import SharedFolder as SharedFolder
     from kvmpy.virtio.limits import RateLimit as RateLimit
     from kvmpy.virtio.mmio import MmioTransport as MmioTransport
     from kvmpy.virtio.net import Net as Net
@@ -40,6 +42,7 @@ _WHERE = {
     "RateLimit": "limits",
     "PciTransport": "pci",
     "Rng": "rng",
+    "SharedFolder": "fs",
     "Vsock": "vsock",
 }
 

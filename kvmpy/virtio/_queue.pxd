@@ -47,6 +47,8 @@ cdef extern from "virtio/queue.h" nogil:
     void vq_no_kicks(vq *)
     bint vq_want_kicks(vq *)
     size_t vq_read(const vq_chain *, uint64_t, void *, size_t)
+    void vq_written(vq *, vq_chain *, uint64_t, uint64_t)
+    int vq_slice(const iovec *, uint32_t, uint64_t, uint64_t, iovec *, int)
     size_t vq_write(vq *, vq_chain *, uint64_t, const void *, size_t)
 
 cdef extern from "virtio/limit.h" nogil:
@@ -120,3 +122,4 @@ cdef class Chain:
     cdef Regions memory
     cdef uint64_t generation
     cdef bint done
+    cdef object transfer(self, int fd, uint64_t position, uint64_t offset, uint64_t size, bint out)

@@ -3,7 +3,7 @@
 
 import pytest
 
-from kvmpy import Config, Drive, Nic, Share, UnsupportedError
+from kvmpy import Config, Drive, Nic, Share
 from kvmpy.block import create_disk, open_disk
 from kvmpy.machine import words
 from kvmpy.net import PacketSocket
@@ -97,9 +97,14 @@ def test_options_that_a_network_does_not_have():
     peer.close()
 
 
-def test_what_is_not_there_says_so():
-    with pytest.raises(UnsupportedError, match="share0"):
-        Share.parse("/srv,tag=data,readonly=on").device("share0")
+def test_a_shared_folder(tmp_path):
+    share = Share.parse(f"{tmp_path},tag=data,readonly=on")
+    assert share == Share(str(tmp_path), "data", readonly=True)
+    device = share.device("share0")
+    assert (device.name, device.tag, device.folder.readonly) == ("share0", "data", True)
+    device.close()
+    with pytest.raises(FileNotFoundError):
+        Share(tmp_path / "none").device("share0")
 
 
 def test_one_word_is_no_list():
