@@ -61,10 +61,10 @@ class CpuidPolicy:
     supported: the engine's list, of any objects with the fields of `CpuidEntry`. cpu: a model, then features
     to add and take away, as in "host,-avx512f" or "x86-64-v2,+aes,rdrand=on"; models are "host" (all that the
     engine has, but for `ON_REQUEST`) and "x86-64-v1" to "x86-64-v4". What a removed feature carries goes with
-    it; what an added one needs comes with it. cpus, threads, sockets: processors in all, per core, and packages. allow: features
-    that are not in `supported` though the engine has them (KVM keeps "tsc_deadline_timer" back, api.rst
-    4.46). tsc_khz: told in leaf 0x4000_0010 when given. Raises ValueError for unknown names, with close ones,
-    and for what the engine cannot do.
+    it; what an added one needs comes with it. cpus, threads, sockets: processors in all, per core, and packages.
+    allow: features that are not in `supported` though the engine has them (KVM keeps "tsc_deadline_timer" back,
+    api.rst 4.46). tsc_khz: told in leaf 0x4000_0010 when given. Raises ValueError for unknown names, with close
+    ones, and for what the engine cannot do.
     """
 
     def __init__(

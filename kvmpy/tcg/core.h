@@ -47,9 +47,20 @@ static inline bool canonical(const struct cpu *c, uint64_t a)
 }
 static inline bool feature(const struct cpu *c, unsigned f) { return c->features[f / 64] >> (f % 64) & 1; }
 
+/* ea.c */
+int mmu_index(const struct cpu *c); /* the MMU_* mode of data accesses now */
+bool seg_holds(const struct segment *s, uint64_t off, uint64_t size); /* [off, off + size) within its limit? */
+bool seg_can(const struct cpu *c, int seg, uint64_t off, uint64_t size, bool write); /* and may it be accessed so? */
+/* Linear address outside 64-bit mode, after the checks; faults. */
+uint64_t seg_linear(struct cpu *c, const struct uop *u, int seg, uint64_t off, unsigned size, bool write);
+
 /* io.c: user space answers */
 uint64_t dev_read(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size);
 void dev_write(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size, uint64_t value);
+/* REP INS (into `items`) and OUTS: at least 2 and up to `count` items in one exit. Returns 1: the engine took one. */
+uint32_t dev_items(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint16_t port, unsigned size, uint32_t count, uint8_t *items);
+/* How many items the answer holds that this instruction runs again for (INS: in c->io.data); 0: there is none. */
+uint32_t dev_items_answered(struct cpu *c, enum cpu_io_kind kind, uint16_t port, unsigned size, uint64_t most);
 
 int io_msr(struct cpu *c, const struct uop *u, bool write, uint32_t index, uint64_t *value);
 void io_answered(struct cpu *c);

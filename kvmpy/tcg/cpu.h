@@ -169,7 +169,7 @@ struct cpu_io {
     uint8_t data[4096];        /* items; a value in host byte order */
     uint32_t answered;         /* answers below that the running instruction may still take */
     uint32_t taken;
-    struct { uint8_t kind, size, error; uint64_t addr, data; } past[CPU_IO_MAX];
+    struct { uint8_t kind, size, error; uint32_t count; uint64_t addr, data; } past[CPU_IO_MAX];
 };
 
 /* ---- requests: bits of cpu.request, set by any thread, looked at between blocks ---- */
@@ -267,6 +267,7 @@ struct cpu {
     jmp_buf escape;        /* out of a handler, to cpu_run's loop */
     const struct uop *cur; /* the instruction that faulted */
 
+    struct { const struct uop *u; uint8_t mmu; } edge; /* ea.c: who came near a segment's limit; c->tlb before that */
     struct pcid_bags *pcid_bags; /* pcid.c: TLB entries of other address spaces */
 
     struct kvm_cpuid_entry2 *cpuid; /* table of KVM_SET_CPUID2, owned by the machine half */

@@ -132,6 +132,9 @@ static void protected_or_long(struct cpu *c, const struct event *e)
     if (lm ? !canonical(c, off) : off > cs.limit)
         cpu_fault_code(c, NULL, EXC_GP, ext);
 
+    unsigned room = size * ((vm86 ? 4 : 0) + (change || lm ? 2 : 0) + 3 + e->has_error);
+    if (!lm && !seg_holds(&ss, (sp - room) & mask, room))
+        cpu_fault_code(c, NULL, EXC_SS, (change ? ss.sel & 0xfffcu : 0) | ext);
     if (vm86) {
         push(c, base, &sp, mask, size, c->seg[SEG_GS].sel, mmu);
         push(c, base, &sp, mask, size, c->seg[SEG_FS].sel, mmu);

@@ -65,7 +65,7 @@ void cpu_lower(struct cpu *c, uint32_t line) { atomic_fetch_and(&c->lines, ~line
 
 static bool flat(const struct segment *s)
 {
-    return !s->base && s->limit == 0xffffffff && !(s->attr & ATTR_UNUSABLE) && (s->attr & 0xc) != 4 && (s->attr & 2);
+    return !s->base && s->limit == 0xffffffff && !(s->attr & ATTR_UNUSABLE) && (s->attr & 0xe) == 2; /* data, writable */
 }
 
 void cpu_update_mode(struct cpu *c)

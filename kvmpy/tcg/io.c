@@ -16,7 +16,7 @@ static bool recorded(struct cpu *c, enum cpu_io_kind kind, uint64_t addr, unsign
     if (io->taken >= io->answered)
         return false;
     unsigned i = io->taken;
-    if (io->past[i].kind != kind || io->past[i].addr != addr || io->past[i].size != size) {
+    if (io->past[i].kind != kind || io->past[i].addr != addr || io->past[i].size != size || io->past[i].count != 1) {
         cpu_io_forget(c); /* state was changed meanwhile: this is another access */
         return false;
     }
@@ -28,7 +28,8 @@ static bool recorded(struct cpu *c, enum cpu_io_kind kind, uint64_t addr, unsign
     return true;
 }
 
-_Noreturn static void want(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size, uint64_t value)
+_Noreturn static void want_items(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size, uint32_t count,
+                                 const void *items)
 {
     struct cpu_io *io = &c->io;
     if (io->answered >= CPU_IO_MAX) {
@@ -38,12 +39,16 @@ _Noreturn static void want(struct cpu *c, const struct uop *u, enum cpu_io_kind 
     io->kind = (uint8_t)kind;
     io->size = (uint8_t)size;
     io->addr = addr;
-    io->count = 1;
+    io->count = count;
     io->error = 0;
     io->reason = c->msr_reason;
-    memcpy(io->data, &value, 8);
+    memmove(io->data, items, count > 1 ? (size_t)count * size : 8); /* items may be io->data */
     io->state = IO_WANT;
     cpu_stop(c, u, TCG_STOP_IO);
+}
+_Noreturn static void want(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size, uint64_t value)
+{
+    want_items(c, u, kind, addr, size, 1, &value);
 }
 
 uint64_t dev_read(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64_t addr, unsigned size)
@@ -73,6 +78,32 @@ void dev_write(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint64
         return;
     }
     want(c, u, kind, addr, size, value);
+}
+
+uint32_t dev_items_answered(struct cpu *c, enum cpu_io_kind kind, uint16_t port, unsigned size, uint64_t most)
+{
+    struct cpu_io *io = &c->io;
+    if (io->taken >= io->answered)
+        return 0;
+    unsigned i = io->taken;
+    if (io->past[i].kind != kind || io->past[i].addr != port || io->past[i].size != size || io->past[i].count < 2 || io->past[i].count > most)
+        return 0;
+    io->taken++;
+    return io->past[i].count;
+}
+
+uint32_t dev_items(struct cpu *c, const struct uop *u, enum cpu_io_kind kind, uint16_t port, unsigned size, uint32_t count, uint8_t *items)
+{
+    uint32_t v = 0;
+    if (kind == IO_PIO_OUT)
+        memcpy(&v, items, size);
+    if (tcg_pio(c, port, size, kind == IO_PIO_OUT, &v)) { /* the engine's own chips take one at a time */
+        if (kind == IO_PIO_IN)
+            memcpy(items, &v, size);
+        return 1;
+    }
+    uint32_t room = (uint32_t)(sizeof c->io.data / size);
+    want_items(c, u, kind, port, size, count < room ? count : room, kind == IO_PIO_IN ? c->io.data : items);
 }
 
 /* RDMSR and WRMSR with user space's filter: 0 done, 1 #GP. */
@@ -107,6 +138,7 @@ void io_answered(struct cpu *c)
     io->past[i].size = io->size;
     io->past[i].error = io->error;
     io->past[i].addr = io->addr;
+    io->past[i].count = io->count;
     io->past[i].data = 0;
     memcpy(&io->past[i].data, io->data, io->size > 8 ? 8 : io->size);
     io->taken = 0; /* the instruction begins anew and takes them all again */

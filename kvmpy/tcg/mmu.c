@@ -8,8 +8,6 @@
 
 #include <linux/kvm.h>
 
-static int mmu_index(const struct cpu *c) { return (int)(c->tlb - c->tlbs); }
-
 static void check_alignment(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size, int mmu)
 {
     if (mmu == MMU_USER_AC && size <= 8 && (lin & (size - 1)))
@@ -119,10 +117,14 @@ void mode_write(struct cpu *c, int mmu, const struct uop *u, uint64_t lin, unsig
 
 uint64_t mem_read_slow(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size, int stack)
 {
+    if (unlikely(at_edge(c)) && !stack)
+        edge_check(c, u, lin, size, false);
     return mode_read(c, mmu_index(c), u, lin, size, stack);
 }
 void mem_write_slow(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size, uint64_t value, int stack)
 {
+    if (unlikely(at_edge(c)) && !stack)
+        edge_check(c, u, lin, size, true);
     mode_write(c, mmu_index(c), u, lin, size, value, stack);
 }
 
@@ -147,6 +149,8 @@ void sys_check_write(struct cpu *c, const struct uop *u, uint64_t lin, unsigned 
 
 void mem_check_write(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size, int stack)
 {
+    if (unlikely(at_edge(c)) && !stack)
+        edge_check(c, u, lin, size, true);
     check_alignment(c, u, lin, size, mmu_index(c));
     tlb_fill(c, mmu_index(c), u, wrap(c, lin), ACCESS_WRITE, stack);
     if ((lin & 0xfff) + size > 4096)
@@ -161,6 +165,8 @@ uint64_t ld_rmw(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size)
 
 uint8_t *rmw_host_slow(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size)
 {
+    if (unlikely(at_edge(c)))
+        edge_check(c, u, lin, size, true);
     check_alignment(c, u, lin, size, mmu_index(c));
     if ((lin & 0xfff) + size > 4096)
         return NULL;
@@ -182,6 +188,8 @@ uint8_t *rmw_host_slow(struct cpu *c, const struct uop *u, uint64_t lin, unsigne
 void mem_read_bytes(struct cpu *c, const struct uop *u, uint64_t lin, void *buffer, unsigned size)
 {
     uint8_t *out = buffer;
+    if (unlikely(at_edge(c)))
+        edge_check(c, u, lin, size, false);
     int mmu = mmu_index(c);
     lin = wrap(c, lin);
     unsigned first = 4096 - (lin & 0xfff);
@@ -208,6 +216,8 @@ void mem_read_bytes(struct cpu *c, const struct uop *u, uint64_t lin, void *buff
 void mem_write_bytes(struct cpu *c, const struct uop *u, uint64_t lin, const void *buffer, unsigned size)
 {
     const uint8_t *in = buffer;
+    if (unlikely(at_edge(c)))
+        edge_check(c, u, lin, size, true);
     int mmu = mmu_index(c);
     lin = wrap(c, lin);
     unsigned first = 4096 - (lin & 0xfff);
@@ -232,28 +242,4 @@ void mem_write_bytes(struct cpu *c, const struct uop *u, uint64_t lin, const voi
         }
         done += n;
     }
-}
-
-/* Segment base, address-size wrap, limits and types: whatever is not plain 64-bit addressing. */
-uint64_t ea_slow(struct cpu *c, const struct uop *u, uint64_t a)
-{
-    if (u->aflags & EA_A32)
-        a = (uint32_t)a;
-    else if (u->aflags & EA_A16)
-        a = (uint16_t)a;
-    if (!(u->aflags & EA_SEG))
-        return a;
-    if (u->aflags & EA_CHECK) {
-        const struct segment *s = &c->seg[u->seg];
-        unsigned vector = u->seg == SEG_SS ? EXC_SS : EXC_GP;
-        bool bad = s->attr & ATTR_UNUSABLE;
-        if ((s->attr & 0xc) == 4) /* expand down: (limit, 64K or 4G) */
-            bad |= a <= s->limit || a > (s->attr & ATTR_DB ? 0xffffffff : 0xffff);
-        else
-            bad |= a > s->limit;
-        if (unlikely(bad))
-            cpu_fault_code(c, u, vector, 0);
-        return (uint32_t)(a + c->segbase[u->seg]);
-    }
-    return a + c->segbase[u->seg];
 }

@@ -30,4 +30,8 @@ void tlb_large(struct tlb *t, uint64_t lo, uint64_t hi);
 /* pcid.c */
 void pcid_protect_code(struct cpu *c, uint64_t gpa);
 
+/* ea.c: an access near a segment limit, or through a segment that may not be written, is under way */
+bool at_edge(const struct cpu *c);
+void edge_check(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size, bool write);
+
 #endif

@@ -136,16 +136,9 @@ OP(vinsertps_rrri) { RUN_VIMM_128(imm_vinsertps, u->imm, V(u->d), V(u->s), V(u->
 OP(vinsertps_rrmi) { RUN_VIMM_128(imm_vinsertps, u->imm & 0x3f, V(u->d), V(u->s), src_copy(c, u, 4)); NEXT; }
 
 /* ---- MASKMOVDQU (and MASKMOVQ, ops_mmx.c): bytes with the sign set in the mask go to DS:rDI. Nothing is touched otherwise. ---- */
-static uint64_t di_address(struct cpu *c, const struct uop *u)
-{
-    uint64_t a = c->gpr[RDI];
-    if (!(c->mode & MODE_CODE64) || u->aflags)
-        a = u->aflags & EA_A16 ? (uint16_t)a : u->aflags & EA_A32 || c->mode & MODE_CODE32 ? (uint32_t)a : c->mode & MODE_CODE64 ? a : (uint16_t)a;
-    return c->mode & MODE_CODE64 && u->seg < SEG_FS ? a : a + c->segbase[u->seg];
-}
 void store_masked_bytes(struct cpu *c, const struct uop *u, const union vec *v, const union vec *mask, unsigned n)
 {
-    uint64_t lin = di_address(c, u);
+    uint64_t lin = u->aflags ? ea_slow(c, u, c->gpr[RDI]) : c->gpr[RDI];
     uint32_t m = 0;
     for (unsigned i = 0; i < n; i++)
         m |= (uint32_t)(mask->b[i] >> 7) << i;

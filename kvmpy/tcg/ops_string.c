@@ -32,14 +32,14 @@ static inline void put(struct cpu *c, const struct ctx *x, int r, uint64_t v)
 {
     c->gpr[r] = x->mask == 0xffff ? (c->gpr[r] & ~0xffffull) | (v & 0xffff) : v & x->mask;
 }
-/* linear address in the source segment (overridable) or ES */
-static inline uint64_t at(struct cpu *c, const struct uop *u, int seg, uint64_t off)
+static inline bool checked(const struct cpu *c, int seg)
 {
-    if (!(c->mode & MODE_CODE64) && (c->mode & MODE_SEGS || seg >= SEG_FS || seg == SEG_CS)) {
-        struct uop v = {.seg = (uint8_t)seg, .aflags = EA_SEG | EA_CHECK, .off = u->off, .len = u->len};
-        return ea_slow(c, &v, off);
-    }
-    return off + c->segbase[seg];
+    return !(c->mode & MODE_CODE64) && (c->mode & MODE_SEGS || seg >= SEG_FS || seg == SEG_CS);
+}
+/* linear address in the source segment (overridable) or ES */
+static inline uint64_t at(struct cpu *c, const struct uop *u, int seg, uint64_t off, unsigned size, bool write)
+{
+    return unlikely(checked(c, seg)) ? seg_linear(c, u, seg, off, size, write) : off + c->segbase[seg];
 }
 
 static inline uint64_t load(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size)
@@ -58,19 +58,26 @@ static inline void store(struct cpu *c, const struct uop *u, uint64_t lin, unsig
         st64(c, u, lin, v);
 }
 
-static uint64_t page_items(uint64_t lin, unsigned size) { return (4096 - (lin & 0xfff)) / size; }
+/* Items from `off` on that lie in one page, do not wrap around the address size and are all within the segment; at most n.
+ * 0: do one by hand. */
+static uint64_t stretch(const struct cpu *c, const struct ctx *x, int seg, uint64_t off, unsigned size, uint64_t n, bool write)
+{
+    if (x->step < 0 || x->single)
+        return 0;
+    uint64_t k = (4096 - ((off + c->segbase[seg]) & 0xfff)) / size, left = (x->mask - off) / size;
+    k = k < n ? k : n;
+    k = k < left ? k : left;
+    return k && checked(c, seg) && !seg_can(c, seg, off, k * size, write) ? 0 : k;
+}
 
-/* Items that a bulk step may take: within the pages, the count, the address-size wrap. 0: do one by hand. */
 static uint64_t bulk_movs(struct cpu *c, const struct uop *u, const struct ctx *x, unsigned size, uint64_t n)
 {
     uint64_t si = reg(c, x, RSI), di = reg(c, x, RDI);
-    if (x->step < 0 || x->mask == 0xffff || (c->mode & MODE_SEGS))
-        return 0;
-    uint64_t from = at(c, u, u->seg, si), to = at(c, u, SEG_ES, di), k = page_items(from, size), k2 = page_items(to, size);
-    k = k < k2 ? k : k2;
-    k = k < n ? k : n;
+    uint64_t k = stretch(c, x, u->seg, si, size, n, false);
+    k = k < 2 ? 0 : stretch(c, x, SEG_ES, di, size, k, true);
     if (k < 2)
         return 0;
+    uint64_t from = at(c, u, u->seg, si, size, false), to = at(c, u, SEG_ES, di, size, true);
     uint8_t *src = tlb_read(c, from, 1), *dst = tlb_write(c, to, 1);
     if (!src || !dst || (dst > src && dst < src + k * size))
         return 0;
@@ -83,11 +90,8 @@ static uint64_t bulk_movs(struct cpu *c, const struct uop *u, const struct ctx *
 static uint64_t bulk_stos(struct cpu *c, const struct uop *u, const struct ctx *x, unsigned size, uint64_t n)
 {
     uint64_t di = reg(c, x, RDI), v = c->gpr[RAX];
-    if (x->step < 0 || x->mask == 0xffff || (c->mode & MODE_SEGS))
-        return 0;
-    uint64_t to = at(c, u, SEG_ES, di), k = page_items(to, size);
-    k = k < n ? k : n;
-    uint8_t *dst = k < 2 ? NULL : tlb_write(c, to, 1);
+    uint64_t k = stretch(c, x, SEG_ES, di, size, n, true);
+    uint8_t *dst = k < 2 ? NULL : tlb_write(c, at(c, u, SEG_ES, di, size, true), 1);
     if (!dst)
         return 0;
     if (size == 1 || (size < 8 ? (v & ((1ull << 8 * size) - 1)) == 0 : v == 0)) {
@@ -121,17 +125,17 @@ static inline __attribute__((always_inline)) void item(struct cpu *c, const stru
     uint64_t si = reg(c, x, RSI), di = reg(c, x, RDI), v;
     switch (kind) {
     case MOVS:
-        v = load(c, u, at(c, u, u->seg, si), size);
-        store(c, u, at(c, u, SEG_ES, di), size, v);
+        v = load(c, u, at(c, u, u->seg, si, size, false), size);
+        store(c, u, at(c, u, SEG_ES, di, size, true), size, v);
         put(c, x, RSI, si + (uint64_t)x->step);
         put(c, x, RDI, di + (uint64_t)x->step);
         break;
     case STOS:
-        store(c, u, at(c, u, SEG_ES, di), size, c->gpr[RAX]);
+        store(c, u, at(c, u, SEG_ES, di, size, true), size, c->gpr[RAX]);
         put(c, x, RDI, di + (uint64_t)x->step);
         break;
     case LODS:
-        v = load(c, u, at(c, u, u->seg, si), size);
+        v = load(c, u, at(c, u, u->seg, si, size, false), size);
         if (size == 1)
             SET8(0, v);
         else if (size == 2)
@@ -141,29 +145,60 @@ static inline __attribute__((always_inline)) void item(struct cpu *c, const stru
         put(c, x, RSI, si + (uint64_t)x->step);
         break;
     case CMPS: {
-        uint64_t a = load(c, u, at(c, u, u->seg, si), size), b = load(c, u, at(c, u, SEG_ES, di), size);
+        uint64_t a = load(c, u, at(c, u, u->seg, si, size, false), size), b = load(c, u, at(c, u, SEG_ES, di, size, false), size);
         compare(c, size, a, b);
         put(c, x, RSI, si + (uint64_t)x->step);
         put(c, x, RDI, di + (uint64_t)x->step);
         break;
     }
     case SCAS:
-        compare(c, size, c->gpr[RAX], load(c, u, at(c, u, SEG_ES, di), size));
+        compare(c, size, c->gpr[RAX], load(c, u, at(c, u, SEG_ES, di, size, false), size));
         put(c, x, RDI, di + (uint64_t)x->step);
         break;
     case INS: {
-        uint64_t to = at(c, u, SEG_ES, di);
+        uint64_t to = at(c, u, SEG_ES, di, size, true);
         mem_check_write(c, u, to, size, 0); /* the device must not lose a byte to a page fault */
         store(c, u, to, size, dev_read(c, u, IO_PIO_IN, R16(c, RDX * 8), size));
         put(c, x, RDI, di + (uint64_t)x->step);
         break;
     }
     case OUTS:
-        v = load(c, u, at(c, u, u->seg, si), size);
+        v = load(c, u, at(c, u, u->seg, si, size, false), size);
         dev_write(c, u, IO_PIO_OUT, R16(c, RDX * 8), size, v);
         put(c, x, RSI, si + (uint64_t)x->step);
         break;
     }
+}
+
+/* REP INS and OUTS on plain memory: as many items in one exit as a page and cpu_io hold. The instruction runs again for
+ * the answer, alone, and finds the count there; registers change only then. */
+static uint64_t bulk_io(struct cpu *c, const struct uop *u, const struct ctx *x, enum kind kind, unsigned size, uint64_t n)
+{
+    bool in = kind == INS;
+    int seg = in ? SEG_ES : u->seg, r = in ? RDI : RSI;
+    enum cpu_io_kind way = in ? IO_PIO_IN : IO_PIO_OUT;
+    uint16_t port = R16(c, RDX * 8);
+    uint64_t off = reg(c, x, r), k = dev_items_answered(c, way, port, size, n);
+    if (k) {
+        if (in)
+            mem_write_bytes(c, u, at(c, u, seg, off, (unsigned)k * size, true), c->io.data, (unsigned)k * size);
+        put(c, x, r, off + k * size);
+        return k;
+    }
+    k = stretch(c, x, seg, off, size, n, in);
+    if (k < 2)
+        return 0;
+    uint64_t lin = at(c, u, seg, off, size, in);
+    if (in && !tlb_write(c, lin, 1))
+        mem_check_write(c, u, lin, 1, 0); /* the device must not lose a byte to a page fault */
+    else if (!in && !tlb_read(c, lin, 1))
+        return 0;
+    uint8_t *host = in ? tlb_write(c, lin, 1) : tlb_read(c, lin, 1);
+    if (!host)
+        return 0; /* device memory, a page with code, a watched one */
+    k = dev_items(c, u, way, port, size, (uint32_t)k, host);
+    put(c, x, r, off + k * size);
+    return k;
 }
 
 /* true: the instruction is complete; false: leave for the loop with RIP at it */
@@ -182,6 +217,8 @@ static inline __attribute__((always_inline)) bool string(struct cpu *c, const st
             k = bulk_movs(c, u, &x, size, n);
         else if (!x.single && kind == STOS)
             k = bulk_stos(c, u, &x, size, n);
+        else if (kind >= INS)
+            k = bulk_io(c, u, &x, kind, size, n);
         if (!k) {
             item(c, u, &x, kind, size);
             k = 1;

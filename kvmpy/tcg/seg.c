@@ -137,13 +137,7 @@ void seg_load(struct cpu *c, const struct uop *u, int seg, uint16_t sel)
 void stack_check(struct cpu *c, const struct uop *u, uint64_t sp, unsigned size)
 {
     const struct segment *s = &c->seg[SEG_SS];
-    uint64_t a = sp & c->stack_mask, last = (a + size - 1) & c->stack_mask;
-    bool bad;
-    if ((s->attr & 0xc) == 4)
-        bad = a <= s->limit || last > (s->attr & ATTR_DB ? 0xffffffff : 0xffff);
-    else
-        bad = a > s->limit || last > s->limit || last < a;
-    if (bad || (s->attr & ATTR_UNUSABLE))
+    if (!seg_holds(s, sp & c->stack_mask, size))
         cpu_fault_code(c, u, EXC_SS, 0);
 }
 
@@ -191,13 +185,13 @@ struct stack { uint64_t base, sp, mask; int mmu; unsigned size; const struct seg
 static void stack_push(struct cpu *c, const struct uop *u, struct stack *k, uint64_t v)
 {
     k->sp -= k->size;
-    if (k->check && ((k->sp & k->mask) + k->size - 1 > k->ss->limit) && (k->ss->attr & 0xc) != 4)
+    if (k->check && !seg_holds(k->ss, k->sp & k->mask, k->size))
         cpu_fault_code(c, u, EXC_SS, 0);
     mode_write(c, k->mmu, u, k->base + (k->sp & k->mask), k->size, v, 1);
 }
 static struct stack own_stack(const struct cpu *c, unsigned size)
 {
-    return (struct stack){.base = c->segbase[SEG_SS], .sp = c->gpr[RSP], .mask = c->stack_mask, .mmu = (int)(c->tlb - c->tlbs), .size = size,
+    return (struct stack){.base = c->segbase[SEG_SS], .sp = c->gpr[RSP], .mask = c->stack_mask, .mmu = mmu_index(c), .size = size,
                           .ss = &c->seg[SEG_SS], .check = !code64(c)};
 }
 static void commit_sp(struct cpu *c, const struct stack *k) { c->gpr[RSP] = (c->gpr[RSP] & ~k->mask) | (k->sp & k->mask); }
