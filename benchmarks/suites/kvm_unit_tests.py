@@ -84,7 +84,7 @@ def read_config(directory: Path) -> list[Case]:
                 case.cpus = int(value)
             case "test_args":
                 words = value[1:-1] if value[:1] in "'\"" and value[-1:] == value[:1] else value
-                case.arguments = words.replace("`date +%s`", str(int(time.time())))
+                case.arguments = words
             case "groups":
                 case.groups = tuple(value.split())
             case "arch":
@@ -144,7 +144,11 @@ def kvmpy_command(case: Case) -> list[str]:
     cpu = ",".join(["host", *wanted])
     words = [sys.executable, "-m", "kvmpy", "run", str(case.image), "--backend", "tcg", "--testdev", "-q"]
     words += ["--cpu", cpu, "--cpus", str(case.cpus), "--memory", f"{case.memory}M"]
-    return [*words, "--append", case.arguments] if case.arguments else words
+    return [*words, "--append", _now(case.arguments)] if case.arguments else words
+
+
+def _now(arguments: str) -> str:
+    return arguments.replace("`date +%s`", str(int(time.time())))
 
 
 def _known(name: str, known: set[str]) -> bool:
@@ -159,7 +163,7 @@ def qemu_command(case: Case, program: str) -> list[str]:
     words = [program, "--no-reboot", "-nodefaults", "-display", "none", "-serial", "stdio", "-accel", "tcg"]
     words += ["-device", "pc-testdev", "-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-device", "pci-testdev"]
     words += ["-kernel", str(case.image), "-smp", str(case.cpus), "-cpu", cpu, "-m", case.memory, *case.qemu]
-    return [*words, "-append", case.arguments] if case.arguments else words
+    return [*words, "-append", _now(case.arguments)] if case.arguments else words
 
 
 def run(command: list[str], timeout: float, log: Path) -> Ran:

@@ -181,7 +181,8 @@ enum {
     CPU_REQ_STEP = 1 << 4,   /* TF, guest debug, interrupt shadow: run instruction by instruction (core only) */
 };
 /* ---- lines: level of the interrupt inputs, any thread ---- */
-enum { LINE_INTR = 1 << 0, LINE_NMI = 1 << 1 };
+/* LINE_NMI2: one more NMI, which came before the first was taken. On a processor the first would be running by then. */
+enum { LINE_INTR = 1 << 0, LINE_NMI = 1 << 1, LINE_NMI2 = 1 << 2 };
 
 /* Writes to guest code by others, drained at the next block boundary; overflow forgets all code. */
 #define INVAL_MAX 64
@@ -359,6 +360,7 @@ void cpu_flush_code(struct cpu *c);
 static inline void cpu_request(struct cpu *c, uint32_t bits) { atomic_fetch_or(&c->request, bits); }
 void cpu_raise(struct cpu *c, uint32_t line);
 void cpu_lower(struct cpu *c, uint32_t line);
+void cpu_nmi(struct cpu *c); /* an NMI arrives; two can wait (see LINE_NMI2) */
 /* [gpa, gpa+size) was written; all vCPUs forget code decoded from it. `self` may be NULL (writer is not a vCPU). */
 void cpu_code_written(struct tcg_vm_core *vm, struct cpu *self, uint64_t gpa, uint64_t size);
 

@@ -226,6 +226,10 @@ void soft_interrupt(struct cpu *c, const struct uop *u, unsigned vector, int kin
     }
     if (kind == SOFT_INT && (c->sysflags & FL_VM) && (c->sysflags >> 12 & 3) < 3)
         cpu_fault_code(c, u, EXC_GP, 0);
+    if (kind == SOFT_INT1 && c->watch_hit & 15) { /* a data breakpoint of MOV SS waited: one #DB tells of both */
+        c->dr[6] = (c->dr[6] & ~0xfull) | (c->watch_hit & 15);
+        c->watch_hit &= 0xf0;
+    }
     struct event e = {.vector = vector, .soft = kind != SOFT_INT1, .rip = RIP_AFTER(c, u), .flags = cpu_rflags(c)};
     c->in_delivery = true;
     c->delivery_vector = 255;

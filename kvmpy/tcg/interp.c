@@ -61,6 +61,13 @@ void cpu_raise(struct cpu *c, uint32_t line)
     atomic_fetch_or(&c->lines, line);
     cpu_request(c, CPU_REQ_LINES);
 }
+void cpu_nmi(struct cpu *c)
+{
+    uint32_t lines = atomic_load(&c->lines);
+    while (!atomic_compare_exchange_weak(&c->lines, &lines, lines | (lines & LINE_NMI ? LINE_NMI2 : LINE_NMI)))
+        ;
+    cpu_request(c, CPU_REQ_LINES);
+}
 void cpu_lower(struct cpu *c, uint32_t line) { atomic_fetch_and(&c->lines, ~line); }
 
 static bool flat(const struct segment *s)
@@ -276,9 +283,13 @@ static bool attend(struct cpu *c)
     if (r & CPU_REQ_LINES && !c->shadow) {
         uint32_t lines = atomic_load(&c->lines);
         if ((lines & LINE_NMI) && !c->nmi_masked) {
-            cpu_lower(c, LINE_NMI);
+            uint32_t before = atomic_fetch_and(&c->lines, ~(uint32_t)(LINE_NMI | LINE_NMI2));
+            if (before & LINE_NMI2)
+                cpu_raise(c, LINE_NMI); /* when this one has ended */
             c->halted = false;
             deliver_interrupt(c, EXC_NMI, false, true);
+        } else if (lines & LINE_NMI2) {
+            cpu_lower(c, LINE_NMI2); /* while one runs, one more is kept */
         }
         if ((lines & LINE_INTR) && (c->sysflags & FL_IF)) {
             int vector = tcg_ack_interrupt(c);
@@ -381,7 +392,7 @@ static enum tcg_stop run(struct cpu *c)
             mode = c->mode;
             if (step) {
                 mode |= MODE_STEP;
-                if (breakpoints_armed(c))
+                if (breakpoints_armed(c) && !(c->shadow & SHADOW_MOVSS)) /* SDM vol. 3A, 6.8.3 */
                     code_breakpoint(c);
                 trap = (c->sysflags & FL_TF) || (c->guest_debug.flags & KVM_GUESTDBG_SINGLESTEP);
                 shadow = c->shadow;

@@ -28,7 +28,7 @@ static void send_nmi(void *opaque, unsigned cpu)
 {
     struct vcpu *vcpu = atomic_load(&((struct tcg_vm *)opaque)->vcpu[cpu]);
     if (vcpu) {
-        cpu_raise(&vcpu->cpu, LINE_NMI);
+        cpu_nmi(&vcpu->cpu);
         vcpu_wake(vcpu);
     }
 }

@@ -444,6 +444,8 @@ bool lapic_set_base(struct lapic *apic, uint64_t base, bool host, uint64_t reser
             set_x2_ids(apic);
         else if (from == modes)
             lapic_put(apic, REG_ID, apic->cpu << 24);
+        else if (!from) /* disabling has lost what the guest made of the id */
+            lapic_put(apic, REG_ID, apic->cpu << 24);
         if (!to) /* disabling loses all state (SDM 11.4.3); KVM keeps it in sync with a reset */
             lapic_reset(apic);
     }

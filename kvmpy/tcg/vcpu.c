@@ -273,7 +273,7 @@ static long plain_ioctl(struct vcpu *vcpu, unsigned long request, uintptr_t arg)
 {
     switch (request) {
     case KVM_NMI:
-        cpu_raise(&vcpu->cpu, LINE_NMI);
+        cpu_nmi(&vcpu->cpu);
         return 0;
     case KVM_SET_TSC_KHZ:
         return set_tsc_khz(vcpu, arg);

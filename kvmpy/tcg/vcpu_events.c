@@ -32,7 +32,8 @@ void state_get_events(struct vcpu *vcpu, struct kvm_vcpu_events *events)
     events->interrupt.nr = c->inject.intr_vector;
     events->interrupt.shadow = shadow_to_kvm(c->shadow);
     events->nmi.injected = c->inject.nmi;
-    events->nmi.pending = (atomic_load(&c->lines) & LINE_NMI) != 0;
+    uint32_t lines = atomic_load(&c->lines);
+    events->nmi.pending = !!(lines & LINE_NMI) + !!(lines & LINE_NMI2);
     events->nmi.masked = c->nmi_masked;
     events->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
     if (vcpu->vm->exception_payload)
@@ -85,8 +86,11 @@ long state_set_events(struct vcpu *vcpu, const struct kvm_vcpu_events *events)
     if (events->flags & KVM_VCPUEVENT_VALID_SHADOW)
         c->shadow = shadow_from_kvm(events->interrupt.shadow);
     c->inject.nmi = events->nmi.injected;
-    if (events->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
-        (events->nmi.pending ? cpu_raise : cpu_lower)(c, LINE_NMI);
+    if (events->flags & KVM_VCPUEVENT_VALID_NMI_PENDING) {
+        cpu_lower(c, LINE_NMI | LINE_NMI2);
+        for (unsigned i = 0; i < events->nmi.pending && i < 2; i++)
+            cpu_nmi(c);
+    }
     c->nmi_masked = events->nmi.masked;
     if (events->flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR)
         atomic_store(&vcpu->sipi_vector, events->sipi_vector);
