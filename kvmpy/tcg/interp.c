@@ -392,6 +392,7 @@ static enum tcg_stop run(struct cpu *c)
             mode = c->mode;
             if (step) {
                 mode |= MODE_STEP;
+                c->event_taken = false; /* an INT since the last step says nothing about this one */
                 if (breakpoints_armed(c) && !(c->shadow & SHADOW_MOVSS)) /* SDM vol. 3A, 6.8.3 */
                     code_breakpoint(c);
                 trap = (c->sysflags & FL_TF) || (c->guest_debug.flags & KVM_GUESTDBG_SINGLESTEP);

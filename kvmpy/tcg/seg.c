@@ -345,12 +345,15 @@ static void far_transfer(struct cpu *c, const struct uop *u, uint16_t sel, uint6
 void far_jump(struct cpu *c, const struct uop *u, uint16_t sel, uint64_t off, unsigned osize) { far_transfer(c, u, sel, off, osize, false); }
 void far_call(struct cpu *c, const struct uop *u, uint16_t sel, uint64_t off, unsigned osize) { far_transfer(c, u, sel, off, osize, true); }
 
-/* After a return to an outer level: data segments that level may not use become null. */
+/* After a return to an outer level: data segments that level may not use become null, and a null selector 0 (SDM vol. 2,
+ * IRET); bases of null FS and GS stay. */
 void load_null_if_weaker(struct cpu *c)
 {
     static const int list[] = {SEG_ES, SEG_DS, SEG_FS, SEG_GS};
     for (unsigned i = 0; i < 4; i++) {
         struct segment *s = &c->seg[list[i]];
+        if (s->sel < 4)
+            s->sel = 0;
         if (!(s->attr & ATTR_UNUSABLE) && (!(s->attr & 8) || !(s->attr & 4)) && seg_dpl(s) < c->cpl) {
             uint64_t base = s->base;
             set_null(s, 0);
