@@ -235,6 +235,12 @@ void cpu_set_rflags(struct cpu *c, uint64_t rflags) { c->sysflags = rflags; }
 void cpu_update(struct cpu *c) { cpu_request(c, CPU_REQ_TLB); }
 void cpu_update_features(struct cpu *c) { (void)c; }
 void cpu_raise(struct cpu *c, uint32_t line) { atomic_fetch_or(&c->lines, line); }
+void cpu_nmi(struct cpu *c)
+{
+    if (atomic_fetch_or(&c->lines, LINE_NMI) & LINE_NMI)
+        atomic_fetch_or(&c->lines, LINE_NMI2);
+    cpu_request(c, CPU_REQ_LINES);
+}
 void cpu_lower(struct cpu *c, uint32_t line) { atomic_fetch_and(&c->lines, ~line); }
 int cpu_set_efer(struct cpu *c, uint64_t v) { c->efer = v; return 0; }
 void cpu_set_segbase(struct cpu *c, int seg, uint64_t base) { c->seg[seg].base = base; }
