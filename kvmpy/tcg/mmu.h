@@ -11,7 +11,7 @@
 /* paging.c */
 struct walk {
     uint64_t gpa;     /* of the 4 KiB page */
-    uint64_t size;    /* of the mapping */
+    unsigned shift;   /* size of the mapping as a power of two */
     bool read, write, exec; /* allowed for this mode */
     bool global, dirty, user, writable;
     uint32_t error;
@@ -19,6 +19,9 @@ struct walk {
 /* Walks for `access` in mode `mmu`. true: allowed, w filled. false: w->error is the page fault's error code. With
  * `peek` nothing is changed (KVM_TRANSLATE). */
 bool page_walk(struct cpu *c, uint64_t lin, enum access access, int mmu, bool peek, struct walk *w);
+
+void walks_forget(struct cpu *c, bool global_too); /* after MOV CR3; with global pages, after everything else */
+void walks_invlpg(struct cpu *c, uint64_t lin);
 
 /* tlb.c */
 struct place { uint8_t *host; uint64_t gpa; struct page_info page; }; /* where one byte is; host NULL: MMIO */

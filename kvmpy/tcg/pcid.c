@@ -103,6 +103,9 @@ static void restore(struct cpu *c, unsigned pcid)
         t->info[i] = b->kept[n].info;
         t->used[i / 64] |= 1ull << i % 64;
         t->local[i / 64] |= 1ull << i % 64;
+        t->large[i / 64] &= ~(1ull << i % 64);
+        if (t->info[i].shift > 12)
+            t->large[i / 64] |= 1ull << i % 64;
     }
     for (unsigned m = 0; m < MMU_COUNT; m++)
         if (b->large_lo[m] <= b->large_hi[m])

@@ -11,7 +11,7 @@
  *   - when a dirty-logged page has been reported.
  *
  * Global entries live on over MOV CR3: `local` is a bitmap of the others, so that a flush visits only used entries.
- * INVLPG of an address inside the range covered by large pages drops everything, for one large page is many entries.
+ * One large page is many entries: `large` is a bitmap of such, and INVLPG inside their range looks for its parts there.
  */
 #include "mmu.h"
 
@@ -67,15 +67,17 @@ struct place tlb_fill(struct cpu *c, int mmu, const struct uop *u, uint64_t lin,
     e->ex = w.exec ? page : TLB_INVALID;
     if (mmu == MMU_USER_AC || c->watching)
         e->rd = e->wr = TLB_INVALID;
-    t->info[i] = (struct tlb_info){.gpa = w.gpa};
+    t->info[i] = (struct tlb_info){.gpa = w.gpa, .shift = (uint8_t)w.shift};
     t->used[i / 64] |= 1ull << i % 64;
     if (w.global)
         t->local[i / 64] &= ~(1ull << i % 64);
     else
         t->local[i / 64] |= 1ull << i % 64;
-    if (w.size > 4096) {
-        uint64_t lo = lin & ~(w.size - 1);
-        tlb_large(t, lo, lo + w.size - 1);
+    t->large[i / 64] &= ~(1ull << i % 64);
+    if (w.shift > 12) {
+        uint64_t lo = lin >> w.shift << w.shift;
+        t->large[i / 64] |= 1ull << i % 64;
+        tlb_large(t, lo, lo + (1ull << w.shift) - 1);
     }
     return p;
 }
@@ -99,6 +101,25 @@ static void drop(struct tlb *t, unsigned i)
     t->e[i].rd = t->e[i].wr = t->e[i].ex = TLB_INVALID;
     t->used[i / 64] &= ~(1ull << i % 64);
     t->local[i / 64] &= ~(1ull << i % 64);
+    t->large[i / 64] &= ~(1ull << i % 64);
+}
+
+/* The linear page of an entry: whichever tag is valid. */
+static uint64_t page_of(const struct tlb_entry *e)
+{
+    uint64_t page = e->rd & TLB_INVALID ? e->wr & TLB_INVALID ? e->ex : e->wr : e->rd;
+    return page & PAGE_MASK_4K;
+}
+
+/* All parts of the large page that has `lin`. */
+static void drop_large(struct tlb *t, uint64_t lin)
+{
+    for (unsigned w = 0; w < TLB_SIZE / 64; w++)
+        for (uint64_t bits = t->large[w]; bits; bits &= bits - 1) {
+            unsigned i = w * 64 + (unsigned)__builtin_ctzll(bits);
+            if (!((page_of(&t->e[i]) ^ lin) >> t->info[i].shift))
+                drop(t, i);
+        }
 }
 
 static void flush(struct tlb *t, bool global_too)
@@ -119,6 +140,7 @@ void cpu_flush_tlb(struct cpu *c)
         flush(&c->tlbs[m], true);
     pcid_forget_all(c);
     memset(c->pt_cache, 0, sizeof c->pt_cache);
+    walks_forget(c, true);
 }
 
 void mmu_flush_local(struct cpu *c)
@@ -126,6 +148,7 @@ void mmu_flush_local(struct cpu *c)
     c->stat.flushes++;
     for (unsigned m = 0; m < MMU_COUNT; m++)
         flush(&c->tlbs[m], false);
+    walks_forget(c, false);
 }
 
 void mmu_invlpg(struct cpu *c, uint64_t lin)
@@ -134,10 +157,10 @@ void mmu_invlpg(struct cpu *c, uint64_t lin)
     for (unsigned m = 0; m < MMU_COUNT; m++) {
         struct tlb *t = &c->tlbs[m];
         if (lin >= t->large_lo && lin <= t->large_hi)
-            flush(t, true);
-        else
-            drop(t, lin >> 12 & (TLB_SIZE - 1));
+            drop_large(t, lin);
+        drop(t, lin >> 12 & (TLB_SIZE - 1));
     }
+    walks_invlpg(c, lin);
 }
 
 void mmu_protect_code(struct cpu *c, uint64_t gpa)
