@@ -8,6 +8,7 @@ import re
 import subprocess
 from ipaddress import IPv4Interface, IPv6Interface
 from pathlib import Path
+from typing import Any
 
 from kvmpy.errors import NetworkError
 from kvmpy.net import owner
@@ -17,17 +18,25 @@ FORWARDING = {4: Path("/proc/sys/net/ipv4/ip_forward"), 6: Path("/proc/sys/net/i
 WAS_OFF = "forwarding{}_was_off"  # an empty chain that remembers it, also after a crash
 
 
-def nft(script: str) -> str:
-    """Run a script of nft(8) in one transaction; what it prints. Raises NetworkError."""
+def nft(script: str) -> None:
+    """Run a script of nft(8) in one transaction. Raises NetworkError."""
+    _run(["-f", "-"], script)
+
+
+def _run(words: list[str], script: str = "") -> str:
     try:
-        done = subprocess.run(
-            ["nft", "-j", "-f", "-"], input=script, text=True, capture_output=True, timeout=30, check=False
-        )
+        done = subprocess.run(["nft", *words], input=script, text=True, capture_output=True, timeout=30, check=False)
     except FileNotFoundError as error:
         raise NetworkError("address translation needs nft: install the package nftables") from error
     if done.returncode:
-        raise NetworkError(f"nft: {done.stderr.strip().splitlines()[0] if done.stderr.strip() else done.returncode}")
+        raise NetworkError(f"nft: {(done.stderr.strip() or str(done.returncode)).splitlines()[0]}")
     return done.stdout
+
+
+def _list(*words: str) -> list[dict[str, Any]]:
+    """What `nft list ...` finds."""
+    found: list[dict[str, Any]] = json.loads(_run(["-j", "list", *words]))["nftables"]
+    return found
 
 
 def table_name(interface: str) -> str:
@@ -42,10 +51,10 @@ def add(table: str, interface: str, addresses: list[IPv4Interface | IPv6Interfac
     for address in addresses:
         word = "ip" if address.version == 4 else "ip6"
         rules.append(f'{word} saddr {address.network} oifname != "{interface}" masquerade')
-    chains = ["chain nat { type nat hook postrouting priority srcnat; " + "; ".join(rules) + "; }"]
     off = [version for version in families if FORWARDING[version].read_text().strip() == "0"]
-    chains += [f"chain {WAS_OFF.format(version)} {{ }}" for version in off]
-    nft(f"table inet {table} {{ {' '.join(chains)} }}\n".replace("; }", "; }"))
+    lines = [f"table inet {table} {{", "chain nat {", "type nat hook postrouting priority srcnat;", *rules, "}"]
+    lines += [f"chain {WAS_OFF.format(version)} {{\n}}" for version in off]
+    nft("\n".join([*lines, "}", ""]))
     try:
         for version in off:
             FORWARDING[version].write_text("1")
@@ -69,14 +78,12 @@ def remove(table: str) -> None:
 
 def tables() -> list[str]:
     """All tables of kvmpy in this namespace."""
-    found = json.loads(nft("list tables\n") or '{"nftables": []}')["nftables"]
-    names = [entry["table"]["name"] for entry in found if entry.get("table", {}).get("family") == "inet"]
+    names = [entry["table"]["name"] for entry in _list("tables") if entry.get("table", {}).get("family") == "inet"]
     return [name for name in names if TABLE.fullmatch(name)]
 
 
 def _chains(table: str) -> set[str]:
-    found = json.loads(nft(f"list table inet {table}\n"))["nftables"]
-    return {entry["chain"]["name"] for entry in found if "chain" in entry}
+    return {entry["chain"]["name"] for entry in _list("table", "inet", table) if "chain" in entry}
 
 
 def reclaim() -> list[str]:
