@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks import cpu, layer
+from benchmarks import cpu, disks, layer
 from benchmarks.cpu.payload import BenchmarkError
 from benchmarks.measure import HEADER, Result
 from kvmpy.guests import GuestUnavailableError
@@ -44,9 +44,14 @@ def _cpu(options: argparse.Namespace) -> Iterable[Row]:
     return cpu.run(options.rounds, guest=options.guest, qemu=options.qemu, kvm=options.kvm)
 
 
+def _disks(options: argparse.Namespace) -> Iterable[Row]:
+    return disks.run(options.rounds, guest=options.guest, qemu=options.qemu)
+
+
 KNOWN: Mapping[str, Benchmark] = {
     **{name: _layer(measure) for name, measure in layer.BENCHMARKS.items()},
     "cpu": Benchmark((cpu.__doc__ or "").strip(), cpu.HEADER, _cpu),
+    "disks": Benchmark((disks.__doc__ or "").strip(), disks.HEADER, _disks),
 }
 
 

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks of a guest beside QEMU's: sequential and random requests on raw and on qcow2, on the software CPUs."""
+
+from benchmarks.disks.bench import HEADER, ROUNDS, run
+
+__all__ = ["HEADER", "ROUNDS", "run"]
