@@ -38,7 +38,7 @@ GOAL = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Operations per second (MiB for sequential ones); the ratio is ours by QEMU's, round by round: higher is better."""
+    """Operations per second (MiB for sequential ones); the ratio is ours by QEMU's, round by round: more is better."""
 
     name: str
     unit: str
@@ -128,5 +128,6 @@ def _measure(command: list[str]) -> dict[str, float]:
         raise BenchmarkError(f"`{command[0]}`: {error}") from None
     rates = {name: int(count) / float(seconds) for name, count, seconds in LINE.findall(done.stdout)}
     if rates.keys() != WAYS.keys():
-        raise BenchmarkError(f"`{' '.join(command)}` did not measure everything:\n{(done.stdout + done.stderr)[-2000:]}")
+        last = (done.stdout + done.stderr)[-2000:]
+        raise BenchmarkError(f"`{' '.join(command)}` did not measure everything:\n{last}")
     return rates

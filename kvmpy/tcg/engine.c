@@ -215,7 +215,7 @@ static void tcg_wrote(int number, uint64_t gpa, uint64_t size)
     if (use(number, &handle))
         return;
     if (handle.kind == VM)
-        cpu_code_written(&handle.vm->core, NULL, gpa, size);
+        memory_host_wrote(handle.vm, gpa, size);
     done(&handle);
 }
 

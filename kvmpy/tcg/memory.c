@@ -262,6 +262,37 @@ void tcg_phys_to_host(struct tcg_vm_core *core, uint64_t gpa, struct page_info *
                 | ((slot->flags & KVM_MEM_LOG_DIRTY_PAGES) ? PAGE_LOG : 0);
 }
 
+/* ---- for devices ---- */
+
+void memory_host_wrote(struct tcg_vm *vm, uint64_t gpa, uint64_t size)
+{
+    if (!size)
+        return;
+    /* Most pages that devices write never held code. Whoever translates marks the page first and compares the bytes once more
+       behind a fence (block.c, build): so it sees what was written, or we see its mark. */
+    atomic_thread_fence(memory_order_seq_cst);
+    if (pthread_mutex_trylock(&vm->slots_lock)) { /* the slots are changing: without a look, then */
+        cpu_code_written(&vm->core, NULL, gpa, size);
+        return;
+    }
+    struct slot_table *table = atomic_load(&vm->slots);
+    uint64_t end = gpa + size, start = 0, stop = 0; /* a run of pages with code */
+    while (gpa < end) {
+        uint64_t next = (gpa | (PAGE_SIZE - 1)) + 1, part = next < end ? next - gpa : end - gpa;
+        struct slot *slot = memory_find(table, gpa);
+        if (slot && atomic_load_explicit(&slot->code[(gpa - slot->gpa) >> PAGE_SHIFT], memory_order_relaxed)) {
+            if (stop != gpa) {
+                cpu_code_written(&vm->core, NULL, start, stop - start);
+                start = gpa;
+            }
+            stop = gpa + part;
+        }
+        gpa += part;
+    }
+    cpu_code_written(&vm->core, NULL, start, stop - start);
+    pthread_mutex_unlock(&vm->slots_lock);
+}
+
 /* ---- for the engine itself: kvm-clock pages and the like ---- */
 
 static uint8_t *host_range(struct vcpu *vcpu, uint64_t gpa, size_t size, bool write)

@@ -206,6 +206,8 @@ long memory_reset_rings(struct tcg_vm *vm);
 struct slot *memory_find(struct slot_table *table, uint64_t gpa);
 struct slot *memory_find_id(struct slot_table *table, uint32_t id);
 /* The engine writes guest memory itself, on the vCPU's thread, inside an epoch. False: no writable memory there. */
+/* A host thread wrote guest memory: vCPUs forget what they translated from there. */
+void memory_host_wrote(struct tcg_vm *vm, uint64_t gpa, uint64_t size);
 bool memory_write(struct vcpu *vcpu, uint64_t gpa, const void *data, size_t size);
 bool memory_read(struct vcpu *vcpu, uint64_t gpa, void *data, size_t size);
 void memory_mark_dirty(struct vcpu *vcpu, struct slot *slot, uint64_t page);

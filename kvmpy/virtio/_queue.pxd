@@ -113,7 +113,7 @@ cdef class Queue:
     cdef readonly uint32_t max_size
     cdef int begin(self) except -1
     cdef int tell(self) except -1
-    cdef bint marked(self)
+    cdef bint logged(self)
 
 
 cdef class Chain:

@@ -209,9 +209,8 @@ cdef class Queue:
         self.tell()
         return vq_wants_interrupt(&self.q)
 
-    cdef bint marked(self):
-        if self.guest._tell is not None:
-            return True
+    cdef bint logged(self):
+        """Are dirty pages of any region logged?"""
         for region in self.memory.regions:
             if region.log_dirty:
                 return True
@@ -221,7 +220,12 @@ cdef class Queue:
         """Tell guest memory of the ranges that were written."""
         cdef uint32_t i
         cdef uint64_t low, high
-        if self.q.journal_count and self.marked():
+        if self.q.journal_count and not self.logged():
+            tell = self.guest._tell  # each range lies in one region, or was joined over neighbours: the engine takes both
+            if tell is not None:
+                for i in range(self.q.journal_count):
+                    tell(self.q.journal[i].gpa, self.q.journal[i].size)
+        elif self.q.journal_count:
             for i in range(self.q.journal_count):
                 try:
                     self.guest.wrote(self.q.journal[i].gpa, self.q.journal[i].size)
