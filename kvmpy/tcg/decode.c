@@ -72,7 +72,7 @@ static int64_t sbytes(struct state *s, unsigned n)
 static uint8_t gpr(unsigned n) { return (uint8_t)(n * 8); }
 static uint8_t gpr8(const struct state *s, unsigned n) { return n >= 4 && n < 8 && !s->rex && !s->vex ? (uint8_t)((n & 3) * 8 + 1) : gpr(n); }
 
-/* ModRM with SIB and displacement, into the address fields of u. */
+/* ModRM with SIB and displacement, into the address fields of u. Index 0xff: #UD, a vector index needs a SIB byte. */
 static void address(struct state *s, struct uop *u, bool vsib)
 {
     int seg = SEG_DS;
@@ -92,6 +92,8 @@ static void address(struct state *s, struct uop *u, bool vsib)
             if (s->mod)
                 s->disp = sbytes(s, s->mod);
         }
+        if (vsib)
+            u->index = 0xff;
     } else {
         unsigned base = s->rm;
         if (!(s->mode & MODE_CODE64) || s->p67)
@@ -106,7 +108,7 @@ static void address(struct state *s, struct uop *u, bool vsib)
                 u->index = gpr(index);
             u->scale = sib >> 6;
         } else if (vsib) {
-            u->index = 0xff; /* VSIB needs a SIB byte */
+            u->index = 0xff;
         }
         if (s->mod == 0 && base == 5) {
             s->disp = sbytes(s, 4);

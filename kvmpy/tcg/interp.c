@@ -373,9 +373,11 @@ static enum tcg_stop run(struct cpu *c)
         c->event_taken = false;
         c->block = NULL;
         c->link = NULL;
+        c->budget--; /* time goes on, and kicks are seen, where a handler does nothing but fault */
         deliver_exception(c); /* may come here again: then in_delivery makes it a double fault */
         break;
     case ESCAPE_STOP:
+        c->in_delivery = false;
         c->block = NULL;
         c->link = NULL;
         return c->stop;

@@ -32,8 +32,9 @@ _Noreturn static void want_items(struct cpu *c, const struct uop *u, enum cpu_io
                                  const void *items)
 {
     struct cpu_io *io = &c->io;
-    if (io->answered >= CPU_IO_MAX) {
-        c->error_text = "an instruction needs more device accesses than the engine records";
+    if (c->in_delivery || io->answered >= CPU_IO_MAX) { /* an event cannot be run again; KVM ends such a guest too */
+        c->error_text = c->in_delivery ? "an exception or interrupt needs a stack or table that is device memory"
+                                       : "an instruction needs more device accesses than the engine records";
         cpu_stop(c, u, TCG_STOP_ERROR);
     }
     io->kind = (uint8_t)kind;
