@@ -25,10 +25,15 @@ void fp_leave(struct cpu *c, struct fp_host was)
     __asm__ volatile("fnclex\n\tfldcw %0" : : "m"(was.cw));
 }
 
+void fp_reload_x87(struct cpu *c)
+{
+    __asm__ volatile("fnclex\n\tfldcw %0" : : "m"(c->fpu.cw));
+}
+
 void fp_reload(struct cpu *c)
 {
     host_ldmxcsr(c->mxcsr | MX_MASKS);
-    __asm__ volatile("fnclex\n\tfldcw %0" : : "m"(c->fpu.cw));
+    fp_reload_x87(c);
 }
 
 void fp_trap_begin(struct cpu *c, const union vec *dst)

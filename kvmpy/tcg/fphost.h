@@ -46,8 +46,9 @@ struct fp_host fp_enter(struct cpu *c);           /* returns the caller's settin
 void fp_leave(struct cpu *c, struct fp_host was); /* c->mxcsr is exact afterwards */
 /* Inside cpu_run(): bring c->mxcsr up to date, before something reads it (FXSAVE, XSAVE). */
 static inline void fp_sync(struct cpu *c) { c->mxcsr |= host_stmxcsr() & MX_FLAGS; }
-/* Inside cpu_run(): c->mxcsr or c->fpu were replaced (FXRSTOR, XRSTOR, FLDENV). */
+/* Inside cpu_run(): c->mxcsr and c->fpu were replaced (FXRSTOR, XRSTOR) after fp_sync(); c->fpu alone (FLDENV, FNCLEX). */
 void fp_reload(struct cpu *c);
+void fp_reload_x87(struct cpu *c);
 
 /* Does this host execute instructions of FEAT_*? */
 bool fp_host_has(unsigned feature);

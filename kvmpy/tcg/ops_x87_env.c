@@ -14,7 +14,7 @@ static void load_cw(struct cpu *c, uint16_t cw)
 {
     c->fpu.cw = (cw & 0x1f3f) | 0x40;
     x87_summary(c);
-    fp_reload(c);
+    fp_reload_x87(c);
 }
 static void init(struct cpu *c)
 {
@@ -31,7 +31,7 @@ static void set_status(struct cpu *c, uint16_t sw)
 }
 
 OP(fninit) { init(c); NEXT; }
-OP(fnclex) { c->fpu.sw &= SW_CC; fp_reload(c); NEXT; }
+OP(fnclex) { c->fpu.sw &= SW_CC; fp_reload_x87(c); NEXT; }
 OP(fnstcw_m) { st16(c, u, ea(c, u), c->fpu.cw); NEXT; }
 OP(fnstsw_m) { st16(c, u, ea(c, u), status(c)); NEXT; }
 OP(fnstsw_ax) { SET16(RAX * 8, status(c)); NEXT; }

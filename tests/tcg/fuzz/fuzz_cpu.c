@@ -33,6 +33,7 @@ struct end {
 };
 static uint8_t memory[2][(PAGES + HIGH_PAGES) * 4096ul];
 static volatile sig_atomic_t ticks;
+static bool tracing; /* $FUZZ_TRACE: print each stop */
 
 /* A kick, as the engine's ticker gives it: the core has to leave soon, wherever it is. */
 static void tick(int signal)
@@ -108,6 +109,9 @@ static struct end run(const uint8_t *data, size_t size, unsigned slice)
         c->deadline = cpu_insns(c) + slice < limit ? cpu_insns(c) + slice : limit;
         stop = cpu_run(c);
         kicked = ticks > 0;
+        if (tracing)
+            fprintf(stderr, "%llu: stop %d, %x:%llx, mxcsr %x\n", (unsigned long long)cpu_insns(c), stop, c->seg[SEG_CS].sel,
+                    (unsigned long long)c->rip, c->mxcsr);
         check_registers(c);
         paging |= c->cr3 != cr3 || c->cr0 != cr0 || c->cr4 != cr4;
         switch (stop) {
@@ -152,6 +156,12 @@ static void show(const char *what, const struct end *a, const struct end *b)
     for (unsigned i = 0; i < 16; i++)
         if (a->gpr[i] != b->gpr[i])
             fprintf(stderr, "r%u %llx %llx\n", i, (unsigned long long)a->gpr[i], (unsigned long long)b->gpr[i]);
+    for (unsigned i = 0; i < 16; i++)
+        for (unsigned j = 0; j < 8; j++)
+            if (a->v[i].q[j] != b->v[i].q[j])
+                fprintf(stderr, "v%u[%u] %llx %llx\n", i, j, (unsigned long long)a->v[i].q[j], (unsigned long long)b->v[i].q[j]);
+    if (a->mxcsr != b->mxcsr)
+        fprintf(stderr, "mxcsr %x %x\n", a->mxcsr, b->mxcsr);
     for (unsigned i = 0; i < sizeof *a; i++)
         if (((const uint8_t *)a)[i] != ((const uint8_t *)b)[i]) {
             fprintf(stderr, "first different byte of the state: %u of %zu\n", i, sizeof *a);
@@ -176,6 +186,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     (void)argc, (void)argv;
     guest_open();
+    tracing = getenv("FUZZ_TRACE") != NULL;
     struct sigaction action = {.sa_handler = tick, .sa_flags = SA_RESTART};
     sigaction(SIGVTALRM, &action, NULL);
     struct itimerval every = {{0, SLICE_MS * 1000}, {0, SLICE_MS * 1000}};
