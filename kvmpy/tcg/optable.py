@@ -35,7 +35,8 @@ handler     NAME gives op_NAME_LETTERSSIZE: a letter per operand (r register, m 
             ... `-`: not implemented, raises #UD.
             `%c` is the condition (o no b ae z nz be a s ns p np l ge le g), with +cc.
 flags       w=written and defined, u=written but undefined, r=read, of o s z a p c (and d i t ...: not
-            tracked). `-`: none.
+            tracked). `-`: none. Undefined flags that the handler leaves alone (BSF, BT) are read too, or an
+            instruction before it would make none, and the result would depend on where a block begins.
 attributes  words: gates (lower-case CPUID feature names of FEATURES; class x87 mmx sse avx for the CR0/CR4
             checks) and
             i64 o64 d64 f64 lock nf end link1 link2 fault priv pe rep nop0 imm2 rdi (memory at
