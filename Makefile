@@ -3,10 +3,11 @@
 
 PYTHON ?= python3
 VENV   := .venv
+SECONDS ?= 1800
 RUN    := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find kvmpy -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo test lint bench build clean
+.PHONY: demo test lint bench fuzz build clean
 
 demo: build
 	$(RUN) examples/demo.py
@@ -18,6 +19,11 @@ test: build
 lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# Both fuzz targets of the software CPU for SECONDS each (needs clang with libFuzzer).
+fuzz:
+	$(PYTHON) tools/fuzz.py cpu --seconds $(SECONDS)
+	$(PYTHON) tools/fuzz.py machine --seconds $(SECONDS)
 
 bench: build
 	$(RUN) -m benchmarks $(ARGS)

@@ -70,6 +70,14 @@ _Noreturn void cpu_stop(struct cpu *c, const struct uop *u, enum tcg_stop stop);
 _Noreturn void cpu_fault_full(struct cpu *c, const struct uop *u, unsigned vector, bool has_error, uint32_t code);
 void cpu_update_mode(struct cpu *c); /* mode, masks and TLB pointers from CPL, segments, CR, EFER, AC */
 void cpu_irq_enabled(struct cpu *c); /* IF became 1 */
+/* The guest loaded RFLAGS with RF: it holds for one instruction, and matters only where code breakpoints are armed. */
+static inline void cpu_rf_loaded(struct cpu *c)
+{
+    if (unlikely(c->dr[7] & 0xff))
+        cpu_request(c, CPU_REQ_STEP);
+    else
+        c->sysflags &= ~(uint32_t)FL_RF;
+}
 
 /* excp.c */
 void deliver_exception(struct cpu *c); /* c->exc at c->rip */

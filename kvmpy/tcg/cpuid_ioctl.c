@@ -118,6 +118,7 @@ long cpuid_get(struct vcpu *vcpu, uintptr_t user)
     out->nent = count;
     if (room < count)
         return -E2BIG;
-    memcpy(out->entries, vcpu->cpu.cpuid, count * sizeof out->entries[0]);
+    if (count)
+        memcpy(out->entries, vcpu->cpu.cpuid, count * sizeof out->entries[0]);
     return 0;
 }

@@ -44,8 +44,8 @@ int irq_set(struct tcg_vm *vm, uint32_t gsi, unsigned source, bool level)
 {
     int status = -1;
     vm->stats.irq_lines++;
-    const struct gsi_route *route = first_route(vm, gsi), *end = vm->routes + vm->route_count;
-    for (; route && route < end && route->gsi == gsi; route++) {
+    const struct gsi_route *route = first_route(vm, gsi), *end = route ? vm->routes + vm->route_count : NULL;
+    for (; route < end && route->gsi == gsi; route++) {
         int one = -1;
         if (route->type == KVM_IRQ_ROUTING_IRQCHIP)
             one = set_pin(vm, route->chip, route->pin, source, level);

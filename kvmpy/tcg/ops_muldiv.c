@@ -2,14 +2,12 @@
  *
  * MUL IMUL DIV IDIV MULX, the decimal instructions, and the sign extensions of the accumulator.
  *
- * SF ZF AF PF after a multiplication are undefined in the manual; hosts with ALU_HOST leave what the host's processor
- * leaves, others keep the old ones. Flags after a division are undefined and stay.
+ * SF ZF AF PF after a multiplication are undefined in the manual and 0 here: what they were before may never have been
+ * computed (quiet_flags in block.c). Flags after a division are undefined and stay.
  */
 #include "op.h"
 
-
-
-static inline uint16_t mul_cc(uint16_t cc, bool overflow) { return (uint16_t)((cc & ~(CC_CF | CC_OF)) | (overflow ? CC_CF | CC_OF : 0)); }
+static inline uint16_t mul_cc(bool overflow) { return (uint16_t)(CC_ONE | (overflow ? CC_CF | CC_OF : 0)); }
 
 #define ONE_OPERAND(bits, wide, swide)                                                        \
     static inline void mul_##bits(struct cpu *c, U(bits) b)                                   \
@@ -17,14 +15,14 @@ static inline uint16_t mul_cc(uint16_t cc, bool overflow) { return (uint16_t)((c
         wide r = (wide)GET##bits(0) * b;                                                      \
         SET##bits(0, (U(bits))r);                                                             \
         SET##bits(RDX * 8, (U(bits))(r >> bits));                                             \
-        c->cc = mul_cc(c->cc, (U(bits))(r >> bits) != 0);                                     \
+        c->cc = mul_cc((U(bits))(r >> bits) != 0);                                     \
     }                                                                                         \
     static inline void imul1_##bits(struct cpu *c, U(bits) b)                                 \
     {                                                                                         \
         swide r = (swide)(S(bits))GET##bits(0) * (S(bits))b;                                  \
         SET##bits(0, (U(bits))r);                                                             \
         SET##bits(RDX * 8, (U(bits))(r >> bits));                                             \
-        c->cc = mul_cc(c->cc, r != (S(bits))r);                                               \
+        c->cc = mul_cc(r != (S(bits))r);                                               \
     }                                                                                         \
     static inline void div_##bits(struct cpu *c, const struct uop *u, U(bits) b)              \
     {                                                                                         \
@@ -65,13 +63,13 @@ static inline void mul8(struct cpu *c, uint8_t b)
 {
     uint16_t r = (uint16_t)(GET8(0) * b);
     SET16(0, r);
-    c->cc = mul_cc(c->cc, r >> 8);
+    c->cc = mul_cc(r >> 8);
 }
 static inline void imul8(struct cpu *c, uint8_t b)
 {
     int16_t r = (int16_t)((int8_t)GET8(0) * (int8_t)b);
     SET16(0, (uint16_t)r);
-    c->cc = mul_cc(c->cc, r != (int8_t)r);
+    c->cc = mul_cc(r != (int8_t)r);
 }
 static inline void div8(struct cpu *c, const struct uop *u, uint8_t b)
 {
@@ -101,7 +99,7 @@ OP(idiv_m8) { idiv8(c, u, ld8(c, u, ea(c, u))); NEXT; }
     {                                                                                                  \
         S(bits) r;                                                                                     \
         bool over = __builtin_mul_overflow((S(bits))a, (S(bits))b, &r);                                \
-        c->cc = mul_cc(c->cc, over);                                                                   \
+        c->cc = mul_cc(over);                                                                   \
         return (U(bits))r;                                                                             \
     }                                                                                                  \
     OP(imul_rr##bits) { SET##bits(u->d, imul##bits(c, GET##bits(u->d), GET##bits(u->s))); NEXT; }      \

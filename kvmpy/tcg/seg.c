@@ -461,6 +461,7 @@ void iret(struct cpu *c, const struct uop *u, unsigned osize)
         c->rip = rip;
         unmask_nmi(c);
         cpu_set_rflags(c, (cpu_rflags(c) & ~may) | (flags & may));
+        cpu_rf_loaded(c);
         cpu_update_mode(c);
         return;
     }
@@ -473,6 +474,7 @@ void iret(struct cpu *c, const struct uop *u, unsigned osize)
         unmask_nmi(c);
         c->cpl = 3;
         cpu_set_rflags(c, flags & 0x3f7fd7);
+        cpu_rf_loaded(c);
         for (unsigned i = 0; i < 5; i++)
             seg_load_real(c, order[i], sels[i]);
         seg_load_real(c, SEG_CS, sel);
@@ -490,4 +492,5 @@ void iret(struct cpu *c, const struct uop *u, unsigned osize)
     return_to(c, u, sel, rip, sp, osize, 0, code64(c));
     unmask_nmi(c);
     cpu_set_rflags(c, (cpu_rflags(c) & ~may) | (flags & may));
+    cpu_rf_loaded(c);
 }

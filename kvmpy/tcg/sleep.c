@@ -106,7 +106,7 @@ static void *ticker_thread(void *opaque)
             park(vm);
             idle = 0;
         }
-        nanosleep(&(struct timespec){.tv_nsec = TICK_NS}, NULL);
+        syscall(SYS_futex, &vm->ticker.parked, FUTEX_WAIT_PRIVATE, 0, &(struct timespec){.tv_nsec = TICK_NS}, NULL, 0);
     }
     return NULL;
 }
@@ -140,7 +140,7 @@ void ticker_stop(struct tcg_vm *vm)
     if (!atomic_load(&vm->ticker.started))
         return;
     atomic_store(&vm->ticker.stopping, true);
-    atomic_store(&vm->ticker.parked, 0);
+    atomic_store(&vm->ticker.parked, 2); /* no tick begins any more: closing a VM need not wait for one */
     syscall(SYS_futex, &vm->ticker.parked, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
     pthread_join(vm->ticker.thread, NULL);
 }

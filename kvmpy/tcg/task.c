@@ -119,6 +119,7 @@ void task_switch(struct cpu *c, const struct uop *u, uint16_t sel, int why, uint
     c->dr[7] &= ~0x155ull;
     c->cpl = 3; /* cpu_set_rflags below must not see an old CPL 0 mode */
     cpu_set_rflags(c, (efl & 0x3f7fd7) | 2);
+    cpu_rf_loaded(c);
     c->seg[SEG_LDT] = (struct segment){.sel = ldt, .attr = ATTR_UNUSABLE};
     if (ldt & 0xfffc) {
         if (ldt & 4 || !desc_fetch(c, NULL, ldt, &d) || (d >> 40 & 0x1f) != 2 || !(d >> 47 & 1))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for fuzz_cpu to begin with: every form of the instruction table, in every mode.
+"""Inputs for a fuzz target to begin with; the same seed gives the same files.
 
-    python tests/tcg/fuzz/seeds.py FOLDER [PER_ROW [SEED]]
+    python tests/tcg/fuzz/seeds.py cpu FOLDER [PER_ROW [SEED]]
+    python tests/tcg/fuzz/seeds.py machine FOLDER [COUNT [SEED]]
 
-An input is the header of guest.h and a few instructions. The same seed gives the same files.
+For the core: every form of the instruction table, in every mode; an input is the header of guest.h and a few
+instructions. For the machine: requests by chance, since any bytes are a sequence of them.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ def modrm(row: optable.Row, rng: random.Random, wide: bool) -> bytes:
     if wide and rm == 4:
         text += bytes([rng.choice((0x24, 0x20, 0x65, rng.randrange(256)))])
     small = rng.randrange(-64, 64)
-    if wide:
-        return text + (struct.pack("<b", small) if mod == 1 else struct.pack("<i", small) if mod == 2 or rm == 5 else b"")
-    return text + (struct.pack("<b", small) if mod == 1 else struct.pack("<h", small) if mod == 2 or rm == 6 else b"")
+    if mod == 1:
+        return text + struct.pack("<b", small)
+    if mod == 2 or rm == (5 if wide else 6):
+        return text + struct.pack("<i" if wide else "<h", small)
+    return text
 
 
 def immediate(row: optable.Row, rng: random.Random) -> bytes:
@@ -65,9 +69,10 @@ def encode(row: optable.Row, rng: random.Random, mode: int) -> bytes:
         if rng.random() < 0.1:
             text = bytes([rng.choice((0x66, 0x67, 0xF0, 0xF2, 0xF3, 0x64, 0x2E, 0x36))]) + text
         if mode == LONG and (row.w == 1 or rng.random() < 0.4):
-            text += bytes([0x40 | (row.w if row.w >= 0 else rng.randrange(2)) << 3 | rng.choice((0, 0, 0, rng.randrange(8)))])
-        opcode = row.opcode if row.modrm or not any(o[0] == "Z" for o in row.operands) else row.opcode + rng.randrange(8)
-        text += ESCAPES[row.map] + bytes([opcode & 0xFF])
+            w = row.w if row.w >= 0 else rng.randrange(2)
+            text += bytes([0x40 | w << 3 | rng.choice((0, 0, 0, rng.randrange(8)))])
+        in_opcode = not row.modrm and any(o[0] == "Z" for o in row.operands)
+        text += ESCAPES[row.map] + bytes([(row.opcode + (rng.randrange(8) if in_opcode else 0)) & 0xFF])
     return text + operand + immediate(row, rng)
 
 
@@ -84,7 +89,18 @@ def header(rng: random.Random, mode: int) -> bytes:
     return bytes([mode, ring, control, units, segments, place, rng.randrange(256), rng.randrange(256)]) + regs
 
 
-def inputs(per_row: int, seed: int) -> list[bytes]:
+def machine_inputs(count: int, seed: int) -> list[bytes]:
+    """Machines with and without chips, and up to 300 bytes of requests."""
+    rng = random.Random(seed)
+    code = bytes.fromhex("e461 e661 0f01c1 0f32 0f30 f4 ebf0")
+    made = []
+    for number in range(count):
+        body = bytes(rng.choice((rng.randrange(16), rng.randrange(256))) for _ in range(rng.randrange(20, 300)))
+        made.append(bytes([0x40 | number & 0x3F, len(code)]) + code + body)
+    return made
+
+
+def cpu_inputs(per_row: int, seed: int) -> list[bytes]:
     """`per_row` inputs that begin with each row of the table; other rows follow in them."""
     rng = random.Random(seed)
     rows = optable.load()
@@ -97,11 +113,12 @@ def inputs(per_row: int, seed: int) -> list[bytes]:
     return made
 
 
-def main(folder: str, per_row: str = "1", seed: str = "1") -> None:
+def main(target: str, folder: str, count: str = "", seed: str = "1") -> None:
     """Write them as FOLDER/seed-N."""
+    made = cpu_inputs(int(count or 1), int(seed)) if target == "cpu" else machine_inputs(int(count or 200), int(seed))
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(inputs(int(per_row), int(seed))):
+    for number, data in enumerate(made):
         (out / f"seed-{number:05}").write_bytes(data)
 
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the fuzz targets of tests/tcg/fuzz and runs them.
+
+    python tools/fuzz.py cpu --seconds 1800          # coverage-guided, needs clang with libFuzzer
+    python tools/fuzz.py machine --seconds 1800
+    python tools/fuzz.py cpu --input crash-...       # once more, one input ($FUZZ_TRACE=1 prints each stop)
+    python tools/fuzz.py cpu --runs 20000            # the plain driver, a fixed number of runs from a fixed seed
+
+Both targets run under AddressSanitizer and UBSan. Found inputs and the corpus stay in build/fuzz. Exit status 0: no
+finding, 1: a finding, 77: no compiler here can build it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TCG = ROOT / "kvmpy" / "tcg"
+FUZZ = ROOT / "tests" / "tcg" / "fuzz"
+TARGETS = {
+    "cpu": (["core_sources.txt"], ["guest.c", "state.c", "invariants.c", "fuzz_cpu.c"]),
+    "machine": (["core_sources.txt", "machine_sources.txt"], ["fuzz_machine.c"]),
+}
+CFLAGS = ["-std=gnu11", "-g", "-O1", "-pthread", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-w"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Half the compile time; what it leaves out (null, alignment, types) the guided run looks at.
+QUICK_SET = "address,bounds,shift,signed-integer-overflow,integer-divide-by-zero,unreachable"
+QUICK = ["-g1", f"-fsanitize={QUICK_SET}", "-fno-sanitize-recover=undefined"]
+COVERAGE = ["-fsanitize-coverage=inline-8bit-counters,pc-table"]
+NO_COMPILER = 77
+
+
+def works(compiler: str, flags: list[str], folder: Path, main: bool) -> bool:
+    """Can this compiler link a program with these flags?"""
+    source = folder / "probe.c"
+    body = "int main(void) { return 0; }" if main else "int LLVMFuzzerTestOneInput(const char *d, long n) { return 0; }"
+    source.write_text(body + "\n")
+    if shutil.which(compiler) is None:
+        return False
+    command = [compiler, *flags, str(source), "-o", str(folder / "probe")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def choose(folder: Path, guided: bool) -> str | None:
+    """A compiler with the sanitizers, and with libFuzzer when that is wanted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["clang", "clang-19", "clang-16", "clang-14"] if guided else ["cc", "gcc", "clang", "clang-14"]
+    flags = [*SANITIZE, "-fsanitize=fuzzer"] if guided else QUICK
+    return next((name for name in names if works(name, flags, folder, not guided)), None)
+
+
+def build(target: str, compiler: str, folder: Path, guided: bool, jobs: int) -> Path:
+    """Compile and link one target; objects of both targets are shared."""
+    subprocess.run([sys.executable, str(TCG / "optable.py"), str(TCG)], check=True)
+    lists, own = TARGETS[target]
+    engine = [TCG / name for path in lists for name in (TCG / path).read_text().split()]
+    drivers = [] if guided else [FUZZ / "driver.c"]
+    cached = ["ccache"] if shutil.which("ccache") else []
+    sanitize = SANITIZE if guided else QUICK
+    objects = folder / ("guided" if guided else "plain")
+    objects.mkdir(parents=True, exist_ok=True)
+
+    def make(source: Path) -> str:
+        extra = COVERAGE if guided and source in engine else []
+        out = objects / f"{source.stem}.o"
+        flags = [*CFLAGS, *sanitize, *extra, f"-I{ROOT / 'kvmpy'}", f"-I{TCG}", f"-I{FUZZ}"]
+        subprocess.run([*cached, compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
+        return str(out)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        made = list(pool.map(make, [*engine, *(FUZZ / name for name in own), *drivers]))
+    program = objects / f"fuzz_{target}"
+    link = [*sanitize, "-pthread", *(["-fsanitize=fuzzer"] if guided else [])]
+    subprocess.run([compiler, *link, *made, "-o", str(program)], check=True)
+    return program
+
+
+def known(target: str, folder: Path) -> None:
+    """Inputs that found something once, from regressions.txt, as files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, line in enumerate((FUZZ / "regressions.txt").read_text().splitlines()):
+        words = line.partition("#")[0].split()
+        if words and words[0] == target:
+            (folder / f"known-{number:03}").write_bytes(bytes.fromhex("".join(words[1:])))
+
+
+def seeds(target: str, folder: Path) -> None:
+    """What a run begins with: known inputs and those of seeds.py."""
+    known(target, folder)
+    subprocess.run([sys.executable, str(FUZZ / "seeds.py"), target, str(folder)], check=True)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Build and run the fuzz targets of the software CPU")
+    parser.add_argument("target", choices=TARGETS)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--seconds", type=int, default=60, help="guided by coverage for so long (60)")
+    how.add_argument("--runs", type=int, help="the plain driver: known inputs, seeds, and so many changed ones")
+    how.add_argument("--input", type=Path, help="run this input once")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "fuzz")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    guided = args.runs is None and args.input is None
+    compiler = choose(args.folder, guided)
+    if compiler is None:
+        plain = "a C compiler with AddressSanitizer (Debian: gcc)"
+        wanted = "clang with libFuzzer (Debian: clang-14 libclang-rt-14-dev)" if guided else plain
+        print(f"needs {wanted}", file=sys.stderr)
+        return NO_COMPILER
+    folder = args.folder.resolve()
+    program = build(args.target, compiler, folder, guided, args.jobs)
+    if args.input is not None:
+        command = [str(program), str(args.input.resolve())]
+    elif guided:
+        corpus, start = folder / f"corpus-{args.target}", folder / f"seeds-{args.target}"
+        corpus.mkdir(exist_ok=True)
+        seeds(args.target, start)
+        limits = [f"-max_total_time={args.seconds}", "-max_len=400", "-timeout=20"]
+        command = [str(program), *limits, str(corpus), str(start)]
+    else:
+        start = folder / f"seeds-{args.target}"
+        seeds(args.target, start)
+        command = [str(program), str(start), str(args.runs), str(args.seed)]
+    return 1 if subprocess.run(command, cwd=folder, check=False).returncode else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
