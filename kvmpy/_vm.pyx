@@ -245,6 +245,11 @@ cdef class Vm(VmIrq):
         request.address, request.size, request.attributes, request.flags = gpa, size, attributes, 0
         self.call_nogil(KVM_SET_MEMORY_ATTRIBUTES, <uintptr_t> &request)
 
+    @property
+    def must_be_told(self):
+        """Does the engine keep what it made of guest memory, so that it must hear of writes by the host (`wrote`)?"""
+        return self.engine.wrote != NULL
+
     def wrote(self, uint64_t gpa, uint64_t size):
         """Tell the engine that the host wrote guest memory [gpa, gpa + size); the kernel's needs no telling."""
         self.enter()

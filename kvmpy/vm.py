@@ -45,7 +45,7 @@ class Vm(_kvm.Vm):
                 kvm.close()
             raise
         self.assist = Assist(self, assist)
-        self.memory = GuestMemory(self.set_user_memory_region, self.wrote if self.backend == "tcg" else None)
+        self.memory = GuestMemory(self.set_user_memory_region, self.wrote if self.must_be_told else None)
         self.pio = Bus("pio")
         self.mmio = Bus("mmio")
         self.handlers = Handlers(self.pio, self.mmio)

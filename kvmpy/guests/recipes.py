@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +165,30 @@ def _build_e2fsprogs(unpacked: Mapping[str, Path], out: Path) -> dict[str, Path]
     return {"initrd": out / "e2fsprogs.gz"}
 
 
+# libkrunfw is a library that holds a kernel as an image in memory; its function says where it belongs. It is called in
+# a process of its own, which ends with it. The kernel becomes an ELF file, which says the same.
+KRUN_SCRIPT = """\
+import ctypes, struct, sys
+function = ctypes.CDLL(sys.argv[1]).krunfw_get_kernel
+function.restype = ctypes.c_void_p
+load, entry, size = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_size_t()
+data = ctypes.string_at(function(*map(ctypes.byref, (load, entry, size))), size.value)
+magic = bytes.fromhex("7f454c46020101")
+header = struct.pack("<16sHHIQQQIHHHHHH", magic, 2, 62, 1, entry.value, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+segment = struct.pack("<IIQQQQQQ", 1, 7, 4096, load.value, load.value, size.value, size.value, 4096)
+open(sys.argv[2], "wb").write((header + segment).ljust(4096, b"\\0") + data)
+"""
+
+
+def _build_libkrunfw(unpacked: Mapping[str, Path], out: Path) -> dict[str, Path]:
+    library = _one(unpacked["libkrunfw"], "**/libkrunfw.so.*.*.*")
+    command = [sys.executable, "-I", "-c", KRUN_SCRIPT, str(library), str(out / "vmlinux")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise PackageError(f"{library.name} does not give its kernel: {done.stderr.strip()[-500:]}")
+    return {"kernel": out / "vmlinux"}
+
+
 def _take_seabios(path: str) -> bool:
     return path.startswith("usr/share/seabios/") and path.endswith(".bin")
 
@@ -253,6 +279,14 @@ RECIPES: Mapping[str, Recipe] = {
             E2FSPROGS,
             _take_e2fsprogs,
             _build_e2fsprogs,
+        ),
+        Recipe(
+            "libkrunfw",
+            "libkrun's kernel, drivers built in, no ACPI and no 8250 (--no-acpi --serial none --hvc stdio)",
+            (Ingredient("libkrunfw", "libkrunfw5", "libkrunfw5", "GPL-2.0-only AND LGPL-2.1-only", ("sid",)),),
+            lambda path: "/libkrunfw.so." in path,
+            _build_libkrunfw,
+            "console=hvc0 panic=-1 reboot=k",
         ),
         Recipe(
             "busybox",

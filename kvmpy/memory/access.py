@@ -27,6 +27,11 @@ class Access:
         self._table = Table()
 
     @property
+    def watcher(self) -> Wrote | None:
+        """Who must hear of every write by the host, dirty log or not, as watcher(gpa, size); None: nobody."""
+        return self._tell
+
+    @property
     def regions(self) -> tuple[Region, ...]:
         """All regions by rising address."""
         return self._table.regions

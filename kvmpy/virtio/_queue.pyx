@@ -203,7 +203,7 @@ cdef class Queue:
             return False
         # The software CPU must forget translated code before the driver learns of new bytes; dirty marks must come
         # after the last write, and logging may begin at any moment: so the marks are looked at last.
-        if self.guest._tell is not None:
+        if self.guest.watcher is not None:
             self.tell()
         vq_publish(&self.q)
         self.tell()
@@ -221,7 +221,7 @@ cdef class Queue:
         cdef uint32_t i
         cdef uint64_t low, high
         if self.q.journal_count and not self.logged():
-            tell = self.guest._tell  # each range lies in one region, or was joined over neighbours: the engine takes both
+            tell = self.guest.watcher  # each range lies in one region, or was joined over neighbours: the engine takes both
             if tell is not None:
                 for i in range(self.q.journal_count):
                     tell(self.q.journal[i].gpa, self.q.journal[i].size)

@@ -488,3 +488,8 @@ def test_random_use_agrees_with_a_simple_model(seed):
     for region in memory.regions:
         assert memory.read(region.gpa, region.size) == bytes(model[region.gpa : region.end])
     assert sorted(slots.now) == sorted(region.slot for region in memory.regions)
+
+
+def test_who_watches_writes():
+    assert GuestMemory(lambda *slot: None, print).watcher is print
+    assert GuestMemory(lambda *slot: None).watcher is None

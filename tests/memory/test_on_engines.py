@@ -125,3 +125,7 @@ def test_closing_the_vm_frees_its_memory(backend):
         assert ram.views == 1
     assert ram.views == 0
     assert memory.regions == ()
+
+
+def test_an_engine_that_caches_code_watches_writes(vm):
+    assert (vm.memory.watcher is not None) == vm.must_be_told == (vm.backend == "tcg")
