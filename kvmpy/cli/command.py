@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from kvmpy._version import __version__
-from kvmpy.cli import doctor, guest, image, run, status, version
-from kvmpy.cli.text import tell
+from kvmpy.cli import status
+from kvmpy.cli.text import tell, uncollected
 from kvmpy.errors import BackendError, BootError, GuestError, ImageError, KvmpyError
 
-COMMANDS = (run, doctor, guest, image, version)
+COMMANDS = ("run", "doctor", "guest", "image", "version")  # each is a module of this package
 
 EPILOG = """\
 examples:
@@ -27,8 +28,8 @@ Each command has its own --help with examples; `kvmpy run --help` lists the exit
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The command line's grammar, or that of one command alone, whose module then is the only one imported."""
     top = argparse.ArgumentParser(
         prog="kvmpy",
         description="Micro-VMs on KVM, or on kvmpy's own software CPU where there is no KVM.",
@@ -39,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"kvmpy {__version__}")
     top.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr; twice for all")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(commands)
+    for name in COMMANDS if only is None else (only,):
+        importlib.import_module(f"kvmpy.cli.{name}").add_parser(commands)
     return top
 
 
@@ -50,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Arguments: arguments, the words after the program's name; None for the process's own.
     Returns: the exit status. Raises SystemExit as argparse does, for wrong usage and --help.
     """
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    # With options before it the command is found by argparse, at the price of importing all.
+    with uncollected():
+        options = parser(words[0] if words and words[0] in COMMANDS else None).parse_args(words)
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     try:

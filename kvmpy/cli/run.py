@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvmpy.cli import inputs, status
 from kvmpy.cli.inputs import UsageError
 from kvmpy.cli.result import Result
-from kvmpy.cli.text import tell
+from kvmpy.cli.text import tell, uncollected
 
 if TYPE_CHECKING:
     from kvmpy.machine import Config, Machine
@@ -139,14 +139,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _boot(options: argparse.Namespace, result: Result) -> None:
     from kvmpy.errors import KvmpyError
-    from kvmpy.machine import Machine
 
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        config = _config(options)
+        with uncollected():
+            from kvmpy.machine import Machine
+
+            config = _config(options)
         result.image = str(config.kernel if config.kernel is not None else config.firmware)
         try:
-            machine = Machine(config)
+            with uncollected():
+                machine = Machine(config)
         except KvmpyError:
             raise
         except ValueError as error:  # what only the machine can check, such as --cpu
