@@ -2,12 +2,15 @@
 """Stock Debian kernels drive the devices: their own modules, ACPI, interrupts by irqfd, kicks by ioeventfd."""
 
 import io
+import os
 import re
 import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +108,21 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
         subprocess.run(["e2fsck", "-f", "-n", tmp_path / "raw"], check=True, capture_output=True)
         data = subprocess.run(["debugfs", "-R", "cat /data", tmp_path / "raw"], check=True, capture_output=True).stdout
         assert subprocess.run(["md5sum"], input=data, capture_output=True, check=True).stdout.decode()[:32] == digest
+
+
+def test_the_example_with_disks(backend_for_linux):
+    if guests.find("debian-6.1") is None:
+        pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
+    example = Path(__file__).resolve().parents[2] / "examples/linux_disk.py"
+    done = subprocess.run(
+        [sys.executable, example, "pci"], env=os.environ | {"KVMPY_BACKEND": "tcg"},
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    for promise in (
+        "tcg engine, virtio-pci",
+        "this disk is example, 131072 sectors",
+        "read-only: hello, guest",
+        "Operation not permitted",
+        "the image has an ext file system: True",
+    ):
+        assert promise in done.stdout
