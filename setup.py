@@ -67,8 +67,14 @@ EXTENSIONS = [
     extension("kvmpy.boot._relocate"),
     extension(
         "kvmpy.block._disk",
-        *(f"kvmpy/block/{name}.c" for name in ("disk", "file", "raw", "qcow2_core", "qcow2_cache", "qcow2_refcount")),
+        *(f"kvmpy/block/{name}.c" for name in ("disk", "file", "raw")),
+    ),
+    extension("kvmpy.block._python", depends=("kvmpy/block/_disk.pxd",)),
+    extension(
+        "kvmpy.block._qcow2",
+        *(f"kvmpy/block/{name}.c" for name in ("disk", "file", "qcow2_core", "qcow2_cache", "qcow2_refcount")),
         *(f"kvmpy/block/{name}.c" for name in ("qcow2_map", "qcow2_io", "qcow2_zero", "qcow2_walk")),
+        depends=("kvmpy/block/_disk.pxd",),
     ),
     extension("kvmpy.net._hub", *(f"kvmpy/net/{name}.c" for name in ("hub", "port", "capture", "wire"))),
     extension(

@@ -17,7 +17,7 @@ from kvmpy.block.disk import Extent as Extent
 
 if TYPE_CHECKING:
     from kvmpy.block._disk import CoreDisk as CoreDisk
-    from kvmpy.block._disk import as_core as as_core
+    from kvmpy.block._python import as_core as as_core
     from kvmpy.block.convert import convert as convert
     from kvmpy.block.formats import FORMATS as FORMATS
     from kvmpy.block.formats import create_disk as create_disk
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "CoreDisk": "_disk",
-    "as_core": "_disk",
+    "as_core": "_python",
     "convert": "convert",
     "FORMATS": "formats",
     "create_disk": "formats",

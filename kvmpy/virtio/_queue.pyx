@@ -18,7 +18,7 @@ from libc.errno cimport EINTR, EINVAL, errno
 from libc.string cimport memcpy, memset, strerror
 
 from kvmpy.block._disk cimport CoreDisk
-from kvmpy.block._disk import as_core
+from kvmpy.block._python import as_core
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t preadv(int, const iovec *, int, int64_t)

@@ -13,7 +13,7 @@ import sys
 from array import array
 from dataclasses import dataclass, field
 
-from kvmpy.block._disk import Qcow2Core
+from kvmpy.block._qcow2 import Qcow2Core
 from kvmpy.block.hostfile import HostFile
 from kvmpy.block.qcow2.header import (
     BITMAPS,

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 
-from kvmpy.block._disk import Qcow2Core
+from kvmpy.block._qcow2 import Qcow2Core
 from kvmpy.block.disk import Disk
 from kvmpy.block.hostfile import HostFile
 from kvmpy.block.policy import NOTHING, Follow
