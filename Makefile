@@ -20,10 +20,12 @@ lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-# Both fuzz targets of the software CPU for SECONDS each (needs clang with libFuzzer).
-fuzz:
+# Each fuzz target for SECONDS (needs clang with libFuzzer).
+fuzz: build
 	$(PYTHON) tools/fuzz.py cpu --seconds $(SECONDS)
 	$(PYTHON) tools/fuzz.py machine --seconds $(SECONDS)
+	$(RUN) tools/fuzz.py virtio --seconds $(SECONDS)
+	$(RUN) tools/fuzz.py qcow2 --seconds $(SECONDS)
 
 bench: build
 	$(RUN) -m benchmarks $(ARGS)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the fuzz targets of tests/tcg/fuzz and runs them.
+"""Builds the fuzz targets of tests/*/fuzz and runs them.
 
     python tools/fuzz.py cpu --seconds 1800          # coverage-guided, needs clang with libFuzzer
     python tools/fuzz.py machine --seconds 1800
+    python tools/fuzz.py virtio --seconds 1800       # rings, block, network and entropy devices
+    python tools/fuzz.py qcow2 --seconds 1800
     python tools/fuzz.py cpu --input crash-...       # once more, one input ($FUZZ_TRACE=1 prints each stop)
     python tools/fuzz.py cpu --runs 20000            # the plain driver, a fixed number of runs from a fixed seed
 
-Both targets run under AddressSanitizer and UBSan. Found inputs and the corpus stay in build/fuzz. Exit status 0: no
+All targets run under AddressSanitizer and UBSan. Found inputs and the corpus stay in build/fuzz. Exit status 0: no
 finding, 1: a finding, 77: no compiler here can build it.
 """
 
@@ -18,14 +20,50 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TCG = ROOT / "kvmpy" / "tcg"
 FUZZ = ROOT / "tests" / "tcg" / "fuzz"
+BLOCK, VIRTIO = ROOT / "kvmpy" / "block", ROOT / "kvmpy" / "virtio"
+QCOW2 = ("core", "cache", "refcount", "map", "io", "zero", "walk")
+RINGS = ("queue", "queue_split", "queue_packed", "limit", "serve_blk", "serve_net", "serve_rng")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is fuzzed (`parts`, or the files that `lists` of the software CPU name) by which files of `folder`.
+
+    longest: bytes of an input.
+    """
+
+    folder: Path
+    own: tuple[str, ...]
+    lists: tuple[str, ...] = ()
+    parts: tuple[Path, ...] = ()
+    longest: int = 400
+
+    def sources(self) -> list[Path]:
+        named = [TCG / name for path in self.lists for name in (TCG / path).read_text().split()]
+        return [*named, *self.parts]
+
+
 TARGETS = {
-    "cpu": (["core_sources.txt"], ["guest.c", "state.c", "invariants.c", "fuzz_cpu.c"]),
-    "machine": (["core_sources.txt", "machine_sources.txt"], ["fuzz_machine.c"]),
+    "cpu": Target(FUZZ, ("guest.c", "state.c", "invariants.c", "fuzz_cpu.c"), ("core_sources.txt",)),
+    "machine": Target(FUZZ, ("fuzz_machine.c",), ("core_sources.txt", "machine_sources.txt")),
+    "virtio": Target(
+        ROOT / "tests" / "virtio" / "fuzz",
+        ("fuzz_virtio.c",),
+        parts=(*(VIRTIO / f"{name}.c" for name in RINGS), BLOCK / "disk.c"),
+        longest=6000,
+    ),
+    "qcow2": Target(
+        ROOT / "tests" / "block" / "fuzz",
+        ("fuzz_qcow2.c",),
+        parts=(*(BLOCK / f"{name}.c" for name in ("disk", "file")), *(BLOCK / f"qcow2_{name}.c" for name in QCOW2)),
+        longest=140_000,
+    ),
 }
 CFLAGS = ["-std=gnu11", "-g", "-O1", "-pthread", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-w"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -56,10 +94,11 @@ def choose(folder: Path, guided: bool) -> str | None:
 
 
 def build(target: str, compiler: str, folder: Path, guided: bool, jobs: int) -> Path:
-    """Compile and link one target; objects of both targets are shared."""
-    subprocess.run([sys.executable, str(TCG / "optable.py"), str(TCG)], check=True)
-    lists, own = TARGETS[target]
-    engine = [TCG / name for path in lists for name in (TCG / path).read_text().split()]
+    """Compile and link one target; objects are shared by the targets that have them."""
+    what = TARGETS[target]
+    if what.lists:
+        subprocess.run([sys.executable, str(TCG / "optable.py"), str(TCG)], check=True)
+    engine = what.sources()
     drivers = [] if guided else [FUZZ / "driver.c"]
     cached = ["ccache"] if shutil.which("ccache") else []
     sanitize = SANITIZE if guided else QUICK
@@ -68,13 +107,14 @@ def build(target: str, compiler: str, folder: Path, guided: bool, jobs: int) -> 
 
     def make(source: Path) -> str:
         extra = COVERAGE if guided and source in engine else []
-        out = objects / f"{source.stem}.o"
+        out = objects / f"{source.parent.name}-{source.stem}-{what.longest}.o"
         flags = [*CFLAGS, *sanitize, *extra, f"-I{ROOT / 'kvmpy'}", f"-I{TCG}", f"-I{FUZZ}"]
+        flags.append(f"-DLONGEST={max(what.longest, 512)}")
         subprocess.run([*cached, compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
         return str(out)
 
     with ThreadPoolExecutor(jobs) as pool:
-        made = list(pool.map(make, [*engine, *(FUZZ / name for name in own), *drivers]))
+        made = list(pool.map(make, [*engine, *(what.folder / name for name in what.own), *drivers]))
     program = objects / f"fuzz_{target}"
     link = [*sanitize, "-pthread", *(["-fsanitize=fuzzer"] if guided else [])]
     subprocess.run([compiler, *link, *made, "-o", str(program)], check=True)
@@ -84,7 +124,8 @@ def build(target: str, compiler: str, folder: Path, guided: bool, jobs: int) -> 
 def known(target: str, folder: Path) -> None:
     """Inputs that found something once, from regressions.txt, as files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, line in enumerate((FUZZ / "regressions.txt").read_text().splitlines()):
+    found = TARGETS[target].folder / "regressions.txt"
+    for number, line in enumerate(found.read_text().splitlines() if found.exists() else ()):
         words = line.partition("#")[0].split()
         if words and words[0] == target:
             (folder / f"known-{number:03}").write_bytes(bytes.fromhex("".join(words[1:])))
@@ -93,12 +134,14 @@ def known(target: str, folder: Path) -> None:
 def seeds(target: str, folder: Path) -> None:
     """What a run begins with: known inputs and those of seeds.py."""
     known(target, folder)
-    subprocess.run([sys.executable, str(FUZZ / "seeds.py"), target, str(folder)], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = TARGETS[target].folder / "seeds.py"
+    subprocess.run([sys.executable, str(program), target, str(folder)], env=environment, check=True)
 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Build and run the fuzz targets of the software CPU")
+    parser = argparse.ArgumentParser(description="Build and run the fuzz targets")
     parser.add_argument("target", choices=TARGETS)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--seconds", type=int, default=60, help="guided by coverage for so long (60)")
@@ -123,7 +166,7 @@ def main() -> int:
         corpus, start = folder / f"corpus-{args.target}", folder / f"seeds-{args.target}"
         corpus.mkdir(exist_ok=True)
         seeds(args.target, start)
-        limits = [f"-max_total_time={args.seconds}", "-max_len=400", "-timeout=20"]
+        limits = [f"-max_total_time={args.seconds}", f"-max_len={TARGETS[args.target].longest}", "-timeout=20"]
         command = [str(program), *limits, str(corpus), str(start)]
     else:
         start = folder / f"seeds-{args.target}"

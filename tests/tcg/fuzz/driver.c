@@ -20,7 +20,10 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 
-enum { LONGEST = 512, MOST = 1 << 16 };
+#ifndef LONGEST
+#define LONGEST 512
+#endif
+enum { MOST = 1 << 16 };
 struct seed { uint8_t *data; size_t size; };
 static struct seed *seeds;
 static size_t count;
