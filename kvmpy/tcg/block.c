@@ -108,6 +108,14 @@ static void quiet_flags(struct decoded *d, unsigned n)
 
 uop_fn fuse_pair(const struct decoded *a, const struct decoded *b); /* ops_fused.c */
 
+/* [gpa, gpa + size) was written: does `o` wait for that (MWAIT)? Any thread. */
+static void end_wait(struct cpu *o, uint64_t gpa, uint64_t size)
+{
+    uint64_t line = atomic_load(&o->monitor);
+    if (unlikely(line) && gpa < (line & ~63ull) + 64 && (line & ~63ull) < gpa + size && atomic_exchange(&o->monitor, 0))
+        tcg_wake(o);
+}
+
 static void post(struct cpu *o, uint64_t gpa, uint64_t size)
 {
     pthread_mutex_lock(&o->inval_lock);
@@ -116,6 +124,8 @@ static void post(struct cpu *o, uint64_t gpa, uint64_t size)
     o->inval_count += o->inval_count <= INVAL_MAX;
     pthread_mutex_unlock(&o->inval_lock);
     cpu_request(o, CPU_REQ_CODE);
+    if (size)
+        end_wait(o, gpa, size);
 }
 
 /* Marks [gpa, gpa+size) as code for all vCPUs. */
@@ -140,6 +150,19 @@ static void mark_code(struct cpu *c, uint64_t gpa, unsigned size, const struct p
         post(o, gpa & PAGE_MASK_4K, 0);
     }
     pthread_mutex_unlock(&vm->lock);
+}
+
+/* MONITOR: writes to this line are to be told as if code had been decoded from it. False: the engine does not see them. */
+bool block_monitor(struct cpu *c, uint64_t gpa)
+{
+    struct page_info page;
+    gpa &= ~63ull;
+    tcg_phys_to_host(c->vm, gpa & PAGE_MASK_4K, &page);
+    if (!page.host || !page.code)
+        return false;
+    atomic_store(&c->monitor, gpa | 1);
+    mark_code(c, gpa, 64, &page);
+    return true;
 }
 
 static struct block *build(struct cpu *c, uint8_t *host, uint64_t gpa, uint64_t lin, uint32_t mode)
@@ -399,16 +422,19 @@ void cpu_code_written(struct tcg_vm_core *vm, struct cpu *self, uint64_t gpa, ui
         if (vm->cpu[i] && vm->cpu[i] != self)
             post(vm->cpu[i], gpa, size);
     pthread_mutex_unlock(&vm->lock);
-    if (self)
+    if (self) {
+        end_wait(self, gpa, size);
         for (uint64_t page = gpa & PAGE_MASK_4K; page < gpa + size; page += 4096) {
             uint64_t start = page < gpa ? gpa : page, stop = gpa + size < page + 4096 ? gpa + size : page + 4096;
             forget(self, start, stop - start);
         }
+    }
 }
 
 /* A store of this vCPU went to a page that has marks. */
 void block_page_is_written(struct cpu *c, uint64_t gpa, unsigned size, const struct page_info *page)
 {
+    atomic_thread_fence(memory_order_seq_cst); /* the store comes before the look at the marks: MONITOR does it the other way round */
     uint64_t code = atomic_load(page->code);
     unsigned a = (gpa & 0xfff) >> 6, b = ((gpa & 0xfff) + size - 1) >> 6;
     if (b > 63)
@@ -418,6 +444,7 @@ void block_page_is_written(struct cpu *c, uint64_t gpa, unsigned size, const str
         return;
     c->stat.smc++;
     if (atomic_load(&c->vm->ncpu) < 2) {
+        end_wait(c, gpa & PAGE_MASK_4K, 4096); /* its mark goes with the others that nobody needs */
         uint64_t left = forget(c, gpa, size);
         atomic_store(page->code, left);
         return;

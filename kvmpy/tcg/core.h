@@ -18,6 +18,7 @@ void block_connect(struct cpu *c, struct link *link, struct block *to);
 bool block_init(struct cpu *c);
 void block_free(struct cpu *c);
 void block_drain(struct cpu *c); /* what others posted to c->inval */
+bool block_monitor(struct cpu *c, uint64_t gpa); /* arms c->monitor */
 void block_page_is_written(struct cpu *c, uint64_t gpa, unsigned size, const struct page_info *page);
 
 /* paging.c, tlb.c, mmu.c (mmu.h is what they share) */
@@ -33,6 +34,7 @@ void pcid_forget(struct cpu *c, unsigned pcid);
 void pcid_forget_all(struct cpu *c);
 void pcid_free(struct cpu *c);
 bool mmu_load_pdptes(struct cpu *c, uint64_t cr3);
+void watch_port(struct cpu *c, uint16_t port, unsigned size);
 /* Implicit supervisor accesses: descriptor tables, TSS, IDT. u may be NULL. */
 uint64_t sys_read(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size);
 void sys_write(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size, uint64_t value);

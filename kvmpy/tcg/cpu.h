@@ -161,7 +161,7 @@ enum tcg_stop {
     TCG_STOP_WINDOW,   /* c->want_window and the guest can take an interrupt now */
     TCG_STOP_HYPERCALL,/* VMCALL/VMMCALL with a number that tcg_hypercall() passed on */
     TCG_STOP_HANDBACK, /* emulation assist: c->assist_left ran out, or the next instruction belongs to the machine */
-    TCG_STOP_MWAIT,    /* MWAIT: like HLT but any wake-up will do */
+    TCG_STOP_MWAIT,    /* MWAIT (RIP is behind it): wait until `monitor` is 0 or an interrupt comes; any wake-up will do */
     TCG_STOP_ERROR,    /* the core cannot go on; c->error_text says why. -> KVM_EXIT_INTERNAL_ERROR */
 };
 
@@ -257,6 +257,8 @@ struct cpu {
     const char *error_text;
 
     _Atomic uint32_t lines;
+    _Atomic uint64_t monitor; /* MONITOR: physical address of the line, bit 0 set; 0: not armed, or written since */
+    bool mwait_break;      /* MWAIT with ECX[0]: an interrupt ends it although IF is 0 */
     uint32_t assist_left;  /* emulation assist: instructions to run before TCG_STOP_HANDBACK; 0: no limit */
     bool assist_partial;   /* XCR0 of the assisted guest has components that are not here: no XSAVE family */
     uint64_t insns_end;    /* cpu_insns() when budget reaches 0 */
@@ -275,6 +277,7 @@ struct cpu {
     bool step_trap;        /* TF was set when the instruction began */
     bool event_taken;      /* the instruction delivered an event: no single-step trap after it */
     bool watching;         /* data breakpoints are armed: all data accesses take the slow path */
+    bool btf;              /* IA32_DEBUGCTL.BTF: TF traps after taken branches only */
     uint8_t watch_hit;     /* DR6 bits of data breakpoints that the running instruction hit */
     struct { uint64_t gpa; uint8_t *host; } pt_cache[64]; /* page-table pages: the walker's way to host memory */
     struct walk_start walks[WALK_CACHE];
@@ -329,7 +332,7 @@ void tcg_cr8_changed(struct cpu *c);                     /* c->cr8 was written b
 uint64_t tcg_read_cr8(struct cpu *c);
 uint64_t tcg_rdtsc(struct cpu *c);
 bool tcg_hypercall(struct cpu *c);                       /* false: TCG_STOP_HYPERCALL */
-void tcg_wake_others(struct cpu *c);                     /* a vCPU wrote memory others may MWAIT on: may do nothing */
+void tcg_wake(struct cpu *c);                            /* any thread: the line that it may wait for in MWAIT was written */
 
 /* ==== implemented by the core ==== */
 int cpu_init(struct cpu *c, struct tcg_vm_core *vm, uint32_t index); /* power-on state; 0 or -errno */

@@ -76,7 +76,7 @@ uint32_t cpu_supported_cpuid(struct kvm_cpuid_entry2 *e, uint32_t max)
     ENTRY(4, 1, indexed, 0x122, 0x01c0003f, 0x3f, 1);
     ENTRY(4, 2, indexed, 0x143, 0x03c0003f, 0x3ff, 1);
     ENTRY(4, 3, indexed, 0, 0, 0, 0);
-    ENTRY(5, 0, 0, 0, 0, 0, 0);
+    ENTRY(5, 0, 0, 64, 64, 3, 0x10); /* MONITOR: lines of 64 bytes, ECX[0] of MWAIT works, one C1 */
     ENTRY(6, 0, 0, 4, 0, 0, 0); /* ARAT */
     /* Speculation controls, see ARCH_CAPABILITIES_NO in msr.c: IBRS and IBPB, STIBP, ARCH_CAPABILITIES, SSBD; then BHI_CTRL, MCDT_NO */
     ENTRY(7, 0, indexed, 2, feature_bits(7, 0, 1), feature_bits(7, 0, 2), feature_bits(7, 0, 3) | 1u << 26 | 1u << 27 | 1u << 29 | 1u << 31);

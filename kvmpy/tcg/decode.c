@@ -501,4 +501,5 @@ no_math:
     return DECODE_OK;
 }
 
+bool decode_repeats(unsigned row) { return row < OPROW_COUNT && oprows[row].attrs & OPA_REP; }
 const char *decode_name(unsigned row) { return row < OPROW_COUNT ? oprows[row].name : "?"; }

@@ -39,6 +39,7 @@ struct decoded {
 /* One instruction at p (avail bytes readable, at most 15 used); off: its offset in the block. */
 enum decode_result decode_insn(const uint8_t *p, unsigned avail, uint32_t mode, const uint64_t *features, unsigned off,
                                struct decoded *out);
+bool decode_repeats(unsigned row); /* a string instruction: it may come again at its own RIP */
 const char *decode_name(unsigned row);
 
 #endif

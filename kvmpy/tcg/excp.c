@@ -181,6 +181,13 @@ static void deliver(struct cpu *c, const struct event *e)
     c->step_trap = false;
 }
 
+/* What every #DB clears: DR7.GD (SDM vol. 3B 17.2.4), IA32_DEBUGCTL.BTF (17.4.3). */
+static void enter_debug(struct cpu *c)
+{
+    c->dr[7] &= ~(1ull << 13);
+    c->btf = false;
+}
+
 void deliver_exception(struct cpu *c)
 {
     struct event e = {.vector = c->exc.vector, .has_error = c->exc.has_error, .error = c->exc.error, .soft = c->exc.soft, .rip = c->rip};
@@ -200,7 +207,7 @@ void deliver_exception(struct cpu *c)
     if (!c->exc.trap && e.vector != EXC_DB && e.vector != EXC_DF && !e.soft)
         e.flags |= FL_RF;
     if (e.vector == EXC_DB)
-        c->dr[7] &= ~(1ull << 13); /* GD */
+        enter_debug(c);
     deliver(c, &e);
 }
 
@@ -226,9 +233,12 @@ void soft_interrupt(struct cpu *c, const struct uop *u, unsigned vector, int kin
     }
     if (kind == SOFT_INT && (c->sysflags & FL_VM) && (c->sysflags >> 12 & 3) < 3)
         cpu_fault_code(c, u, EXC_GP, 0);
-    if (kind == SOFT_INT1 && c->watch_hit & 15) { /* a data breakpoint of MOV SS waited: one #DB tells of both */
-        c->dr[6] = (c->dr[6] & ~0xfull) | (c->watch_hit & 15);
-        c->watch_hit &= 0xf0;
+    if (kind == SOFT_INT1) {
+        if (c->watch_hit & 15) { /* a data breakpoint of MOV SS waited: one #DB tells of both */
+            c->dr[6] = (c->dr[6] & ~0xfull) | (c->watch_hit & 15);
+            c->watch_hit &= 0xf0;
+        }
+        enter_debug(c);
     }
     struct event e = {.vector = vector, .soft = kind != SOFT_INT1, .rip = RIP_AFTER(c, u), .flags = cpu_rflags(c)};
     c->in_delivery = true;

@@ -23,10 +23,9 @@ bool tcg_mmio(struct cpu *c, uint64_t gpa, unsigned size, bool write, uint64_t *
     return done;
 }
 
-/* MWAIT is not announced, so nobody monitors an address. */
-void tcg_wake_others(struct cpu *c)
+void tcg_wake(struct cpu *c)
 {
-    (void)c;
+    vcpu_wake(vcpu_of(c));
 }
 
 /* ---- hypercalls: Documentation/virt/kvm/x86/hypercalls.rst ---- */

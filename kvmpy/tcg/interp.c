@@ -203,9 +203,17 @@ static void raise_db(struct cpu *c, uint64_t dr6)
     cpu_fault_full(c, NULL, EXC_DB, false, 0);
 }
 
+/* Did the one instruction of `b` take a branch? */
+static bool branched(const struct cpu *c, const struct block *b)
+{
+    return c->rip != ((c->bip + b->bytes) & c->ipmask) && !decode_repeats(b->uops[0].row);
+}
+
 /* Code breakpoints at RIP, the guest's or the debugger's. */
 static void code_breakpoint(struct cpu *c)
 {
+    if (c->shadow & SHADOW_MOVSS)
+        return; /* the instruction after MOV SS has none, SDM vol. 3A 6.8.3 */
     bool host = c->guest_debug.flags & KVM_GUESTDBG_USE_HW_BP;
     const uint64_t *dr = host ? c->guest_debug.dr : c->dr;
     uint64_t lin = c->rip + (code64(c) ? 0 : c->segbase[SEG_CS]), hit = 0;
@@ -316,7 +324,7 @@ static bool attend(struct cpu *c)
 }
 
 /* After an instruction in step mode. */
-static void stepped(struct cpu *c, bool trap, uint8_t shadow)
+static void stepped(struct cpu *c, const struct block *b, bool trap, uint8_t shadow)
 {
     bool event = c->event_taken;
     uint8_t hit = c->watch_hit;
@@ -335,6 +343,8 @@ static void stepped(struct cpu *c, bool trap, uint8_t shadow)
         cpu_stop(c, NULL, TCG_STOP_DEBUG);
     }
     bool single = (trap || c->step_trap) && !event;
+    if (unlikely(c->btf) && !(c->guest_debug.flags & KVM_GUESTDBG_SINGLESTEP))
+        single = single && branched(c, b);
     c->step_trap = false;
     if (single || hit)
         raise_db(c, (single ? 0x4000 : 0) | hit);
@@ -422,7 +432,7 @@ static enum tcg_stop run(struct cpu *c)
             u = u->fn(c, u);
         c->block = NULL;
         if (unlikely(step))
-            stepped(c, trap, shadow);
+            stepped(c, b, trap, shadow);
     }
 }
 
@@ -472,9 +482,11 @@ void cpu_reset(struct cpu *c, bool init)
     c->cr0 = cr0_keep | CR0_ET;
     c->cr2 = c->cr3 = c->cr4 = c->cr8 = c->efer = 0;
     memset(c->dr, 0, sizeof c->dr);
+    c->btf = false;
     c->dr[6] = 0xffff0ff0;
     c->dr[7] = 0x400;
     c->shadow = 0;
+    atomic_store(&c->monitor, 0);
     c->nmi_masked = c->halted = c->in_delivery = false;
     memset(&c->inject, 0, sizeof c->inject);
     if (!init) {

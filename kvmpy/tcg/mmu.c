@@ -53,6 +53,17 @@ static void watch(struct cpu *c, uint64_t lin, unsigned size, bool write)
     }
 }
 
+/* I/O breakpoints, with CR4.DE. */
+void watch_port(struct cpu *c, uint16_t port, unsigned size)
+{
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned len = c->dr[7] >> (18 + 4 * i) & 3;
+        uint64_t bytes = len == 2 ? 8 : len + 1, start = c->dr[i] & ~(bytes - 1);
+        if (c->dr[7] >> (2 * i) & 3 && (c->dr[7] >> (16 + 4 * i) & 3) == 2 && port < start + bytes && start < (uint64_t)port + size)
+            c->watch_hit |= (uint8_t)(1u << i);
+    }
+}
+
 static uint64_t read_place(struct cpu *c, const struct uop *u, const struct place *p, unsigned size)
 {
     if (p->host)

@@ -41,6 +41,8 @@ enum {
 #define AMD_BU_CFG2 0xC001102Au
 #define AMD_DC_CFG 0xC0011022u
 
+#define DEBUGCTL_BTF (1ull << 1)
+
 enum { MSR_OK = 0, MSR_FAULT = 1, MSR_UNKNOWN = -1 };
 
 #define MTRR_PAIRS 8u
@@ -304,7 +306,7 @@ int msr_read(struct vcpu *vcpu, uint32_t index, uint64_t *value, bool host)
     case IA32_MTRRCAP: *value = MTRRCAP; return MSR_OK;
     case IA32_PERF_STATUS: *value = 1000ull | 4ull << 40; return MSR_OK; /* as KVM: TSC increment, bus ratio */
     case IA32_MCG_STATUS: *value = vcpu->msr.mcg_status; return MSR_OK;
-    case IA32_DEBUGCTL: *value = vcpu->msr.debugctl; return MSR_OK;
+    case IA32_DEBUGCTL: *value = vcpu->cpu.btf ? DEBUGCTL_BTF : 0; return MSR_OK;
     case IA32_ARCH_CAPABILITIES:
         if (!host && !cpuid_bit(vcpu, 7, CPUID_EDX, 29))
             return MSR_UNKNOWN;
@@ -362,9 +364,11 @@ int msr_write(struct vcpu *vcpu, uint32_t index, uint64_t value, bool host)
             return MSR_FAULT;
         vcpu->msr.mcg_status = value;
         return MSR_OK;
-    case IA32_DEBUGCTL: /* no LBR, no BTF: CPUID announces neither */
-        vcpu->msr.debugctl = 0;
-        return value ? MSR_FAULT : MSR_OK;
+    case IA32_DEBUGCTL: /* no LBR */
+        if (value & ~DEBUGCTL_BTF)
+            return MSR_FAULT;
+        vcpu->cpu.btf = value & DEBUGCTL_BTF;
+        return MSR_OK;
     case IA32_ARCH_CAPABILITIES:
         if (!host)
             return MSR_FAULT;

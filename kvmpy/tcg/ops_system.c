@@ -230,10 +230,38 @@ OP(hlt)
     c->halted = true;
     cpu_stop(c, NULL, TCG_STOP_HLT);
 }
-OP(monitor) { ld8(c, u, u->aflags ? ea_slow(c, u, c->gpr[RAX]) : c->gpr[RAX]); NEXT; }
+static void monitor_checks(struct cpu *c, const struct uop *u, uint32_t extensions)
+{
+    machine_only(c, u);
+    if (c->cpl)
+        cpu_fault(c, u, EXC_UD);
+    if (GET32(RCX * 8) & ~extensions)
+        cpu_fault_code(c, u, EXC_GP, 0);
+}
+OP(monitor)
+{
+    uint64_t lin = u->aflags ? ea_slow(c, u, c->gpr[RAX]) : c->gpr[RAX], gpa;
+    bool writable, user;
+    monitor_checks(c, u, 0);
+    ld8(c, u, lin);
+    atomic_store(&c->monitor, 0);
+    if (cpu_translate(c, lin, &gpa, &writable, &user))
+        block_monitor(c, gpa);
+    LEAVE_AFTER; /* what others do about it is seen from here on */
+}
 OP(mwait)
 {
+    monitor_checks(c, u, 1);
     c->rip = RIP_AFTER(c, u);
+    c->shadow = 0;
+    c->mwait_break = GET32(RCX * 8) & 1;
+    uint32_t lines = atomic_load(&c->lines);
+    if (!atomic_load(&c->monitor) || c->sysflags & FL_TF || (lines & LINE_INTR && (c->sysflags & FL_IF || c->mwait_break)) ||
+        (lines & LINE_NMI && !c->nmi_masked)) {
+        atomic_store(&c->monitor, 0);
+        cpu_request(c, CPU_REQ_LINES);
+        LEAVE;
+    }
     cpu_stop(c, NULL, TCG_STOP_MWAIT);
 }
 OP(vmcall)
@@ -249,7 +277,7 @@ OP(wbinvd) { NEXT; }
 OP(clflush_m) { ld8(c, u, ea(c, u)); NEXT; }
 
 /* ---- ports ---- */
-void io_permission(struct cpu *c, const struct uop *u, uint16_t port, unsigned size)
+static void permitted(struct cpu *c, const struct uop *u, uint16_t port, unsigned size)
 {
     if ((c->mode & MODE_IOPL) && !(c->mode & MODE_VM86))
         return;
@@ -266,6 +294,12 @@ void io_permission(struct cpu *c, const struct uop *u, uint16_t port, unsigned s
         }
     }
     cpu_fault_code(c, u, EXC_GP, 0);
+}
+void io_permission(struct cpu *c, const struct uop *u, uint16_t port, unsigned size)
+{
+    permitted(c, u, port, size);
+    if (unlikely(c->dr[7] & 0xff) && c->cr4 & CR4_DE)
+        watch_port(c, port, size);
 }
 static uint64_t in(struct cpu *c, const struct uop *u, uint16_t port, unsigned size)
 {

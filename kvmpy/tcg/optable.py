@@ -112,7 +112,6 @@ FEATURES = [
     "serialize",
     "vmcall",
     "mwaitx",
-    "rdpmc",
     "erms",
     "fsrm",
     "vaes",

@@ -92,6 +92,25 @@ static bool awake(struct vcpu *vcpu)
     return atomic_load(&vcpu->mp_state) == KVM_MP_STATE_HALTED && interrupt_would_wake(vcpu);
 }
 
+static bool mwait_over(struct vcpu *vcpu)
+{
+    const struct cpu *c = &vcpu->cpu;
+    return !atomic_load(&c->monitor) || atomic_load(&vcpu->events) || interrupt_would_wake(vcpu)
+        || (c->mwait_break && (atomic_load(&c->lines) & LINE_INTR));
+}
+
+/* The instruction is complete, so whatever ends the sleep, the guest goes on behind it. */
+static long mwait(struct vcpu *vcpu, const struct signals *signals)
+{
+    bool woken = !vcpu->has_apic || time_skip(vcpu) || sleep_until_woken(vcpu, signals, mwait_over);
+    atomic_store(&vcpu->cpu.monitor, 0);
+    if (woken)
+        return AGAIN;
+    vcpu->run->exit_reason = KVM_EXIT_INTR;
+    vcpu->stats.signal_exits++;
+    return -EINTR;
+}
+
 static long sleep_if_halted(struct vcpu *vcpu, const struct signals *signals)
 {
     take_events(vcpu);
@@ -229,8 +248,10 @@ static long after(struct vcpu *vcpu, enum tcg_stop stop)
         return 0;
     case TCG_STOP_HANDBACK:
         return leave(vcpu, KVM_EXIT_INTR);
+    case TCG_STOP_MWAIT:
+        vcpu->stats.halt_exits++;
+        return AGAIN;
     case TCG_STOP_CANCEL:
-    case TCG_STOP_MWAIT: /* is not announced; as a NOP it is always right */
         vcpu->stats.request_exits++;
         return AGAIN;
     }
@@ -256,6 +277,8 @@ static long run_loop(struct vcpu *vcpu, const struct signals *signals)
         completing = false;
         cancelled = stop == TCG_STOP_CANCEL;
         result = after(vcpu, stop);
+        if (stop == TCG_STOP_MWAIT)
+            result = mwait(vcpu, signals);
         if (result != AGAIN)
             return result;
     }

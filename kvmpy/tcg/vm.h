@@ -162,7 +162,7 @@ struct vcpu {
     struct {
         uint64_t system_time, wall_clock;
         uint64_t mtrr_def_type, mtrr_fixed[11], mtrr_variable[16];
-        uint64_t mcg_status, debugctl, spec_ctrl;
+        uint64_t mcg_status, spec_ctrl;
         __u64 ucode_rev, arch_capabilities;
     } msr;
     uint32_t clock_version;

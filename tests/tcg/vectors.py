@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random x87, MMX, SSE and AVX instructions from the instruction table, as records for native/vector_diff.c.
 
-    python tests/tcg/vectors.py SEED COUNT_PER_ROW [handler prefix] > cases
+python tests/tcg/vectors.py SEED COUNT_PER_ROW [handler prefix] > cases
 """
 
 from __future__ import annotations

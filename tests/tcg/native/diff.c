@@ -83,7 +83,7 @@ void tcg_cr8_changed(struct cpu *c) { (void)c; }
 uint64_t tcg_read_cr8(struct cpu *c) { return c->cr8; }
 uint64_t tcg_rdtsc(struct cpu *c) { return cpu_insns(c); }
 bool tcg_hypercall(struct cpu *c) { (void)c; return true; }
-void tcg_wake_others(struct cpu *c) { (void)c; }
+void tcg_wake(struct cpu *c) { (void)c; }
 
 static uint64_t seed;
 static uint64_t rnd(void)

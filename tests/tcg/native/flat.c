@@ -58,7 +58,7 @@ void tcg_cr8_changed(struct cpu *c) { (void)c; }
 uint64_t tcg_read_cr8(struct cpu *c) { return c->cr8; }
 uint64_t tcg_rdtsc(struct cpu *c) { return cpu_insns(c); }
 bool tcg_hypercall(struct cpu *c) { (void)c; return false; }
-void tcg_wake_others(struct cpu *c) { (void)c; }
+void tcg_wake(struct cpu *c) { (void)c; }
 
 static void put64(uint64_t gpa, uint64_t v) { memcpy(ram + gpa, &v, 8); }
 
