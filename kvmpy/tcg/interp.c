@@ -212,8 +212,6 @@ static bool branched(const struct cpu *c, const struct block *b)
 /* Code breakpoints at RIP, the guest's or the debugger's. */
 static void code_breakpoint(struct cpu *c)
 {
-    if (c->shadow & SHADOW_MOVSS)
-        return; /* the instruction after MOV SS has none, SDM vol. 3A 6.8.3 */
     bool host = c->guest_debug.flags & KVM_GUESTDBG_USE_HW_BP;
     const uint64_t *dr = host ? c->guest_debug.dr : c->dr;
     uint64_t lin = c->rip + (code64(c) ? 0 : c->segbase[SEG_CS]), hit = 0;

@@ -15,6 +15,7 @@ import pytest
 
 import kvmpy
 from kvmpy import _exits as x
+from kvmpy._constants import KVM_MP_STATE_RUNNABLE
 from kvmpy.arch.x86 import identity_page_tables
 from kvmpy.boot.cpuid import CpuidPolicy
 from kvmpy.vcpu import modes
@@ -34,7 +35,8 @@ def assemble(source: str, bits: int) -> bytes:
         pytest.skip("no nasm (Debian package nasm)")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "guest.asm"
-        path.write_text(f'%define BITS_ {bits}\n%include "lab.inc"\n{source}\n')
+        second = "%define SECOND\n" if "second:" in source.split() else ""
+        path.write_text(f'{second}%define BITS_ {bits}\n%include "lab.inc"\n{source}\n')
         command = ["nasm", "-f", "bin", "-w-all", f"-I{HERE}/", str(path), "-o", f"{folder}/guest.bin"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -45,7 +47,14 @@ class Lab:
     """One guest in a VM of its own."""
 
     def __init__(
-        self, backend: str, source: str, *, bits: int = 64, cpu: str = "host", needs: tuple[str, ...] = ()
+        self,
+        backend: str,
+        source: str,
+        *,
+        bits: int = 64,
+        cpu: str = "host",
+        needs: tuple[str, ...] = (),
+        chips: bool = False,
     ) -> None:
         self.bits = bits
         self.vm = kvmpy.Vm(backend, assist=False)
@@ -57,11 +66,24 @@ class Lab:
         except ValueError as e:
             self.vm.close()
             pytest.skip(f"{backend}: {e}")
-        self.vcpu = self.vm.create_vcpu()
-        self.vcpu.cpuid = policy.kvm_entries(0)
-        entry = modes.long(CODE, cr3=TABLES, sp=STACK) if bits == 64 else modes.protected(CODE, sp=STACK)
-        self.vcpu.sregs = modes.special_registers(self.vcpu.sregs, entry)
-        self.vcpu.regs = modes.general_registers(entry)
+        if chips:
+            self.vm.create_irqchip()
+        self._cpuid = policy.kvm_entries(0)
+        self.vcpu = self._processor(0, CODE)
+        self.second = None
+        start = int.from_bytes(self.vm.memory.read(CODE + 8, 8), "little")
+        if start:
+            self.second = self._processor(1, start)
+            self.second.mp_state = KVM_MP_STATE_RUNNABLE
+
+    def _processor(self, index: int, start: int) -> kvmpy.Vcpu:
+        vcpu = self.vm.create_vcpu(index)
+        vcpu.cpuid = self._cpuid
+        stack = STACK - 0x1000 * index
+        entry = modes.long(start, cr3=TABLES, sp=stack) if self.bits == 64 else modes.protected(start, sp=stack)
+        vcpu.sregs = modes.special_registers(vcpu.sregs, entry)
+        vcpu.regs = modes.general_registers(entry)
+        return vcpu
 
     def run(self) -> list[int]:
         """The guest's results. Skips the test if this KVM cannot run the guest."""
