@@ -3,6 +3,7 @@
 untouched, and the device either asks for a reset or works, and works after a reset in any case.
 """
 
+import errno
 import random
 import socket
 import struct
@@ -15,7 +16,7 @@ from virtio_rig import HEAP, HIGH, HOLE, MIB, ROM, TOP, Rig
 
 from kvmpy.chardev import Console
 from kvmpy.net import PacketSocket
-from kvmpy.virtio import Balloon, Blk, ConsoleDevice, Net, Port
+from kvmpy.virtio import Balloon, Blk, ConsoleDevice, Net, Port, SharedFolder, Vsock
 from kvmpy.virtio import console as c
 from kvmpy.virtio import features as f
 from kvmpy.virtio import net as n
@@ -335,6 +336,58 @@ def test_case_20_hostile_packets(threaded):
         driver.queues[1].request([frame])
         driver.reset()
         assert rig.canary() == before
+
+
+def test_case_21_hostile_sockets(threaded, tmp_path):
+    """More of it is in test_virtio_vsock.py."""
+    rng = random.Random(21)
+    with Rig(Vsock(3, tmp_path / "vsock", threaded=threaded)) as rig, socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "vsock_7"))
+        server.listen(4)
+        before = rig.canary()
+        for _ in range(6):
+            driver = rig.start()
+            rx, tx = driver.queues[:2]
+            for _ in range(16):
+                rx.add([], [rng.choice([44, 64, 4096])])
+            rx.kick()
+            for port in range(80):  # thousands of ports, unknown operations, credits and lengths of any size
+                driver._next = max(driver._heap, driver._next if driver._next < HEAP + 0xC_0000 else driver._heap)
+                sizes = (rng.choice([0, 5, 0xFFFF_FFFF]), rng.choice([0, 1 << 20, 0xFFFF_FFFF]), rng.getrandbits(32))
+                head = (rng.choice([3, 3, 3, 4]), rng.choice([2, 2, 9]), port, rng.choice([7, 7, 8]), sizes[0])
+                op = rng.choice([1, 1, 2, 3, 4, 5, 5, 6, 7, 99])
+                packet = struct.pack("<QQIIIHHIII", *head, rng.choice([1, 1, 2]), op, rng.randrange(4), *sizes[1:])
+                tx.add([packet + b"x" * rng.choice([0, 5, 5])])
+                if len(tx.free) < 4 or port == 79:
+                    break
+            tx.kick()
+            rig.device.poll()
+            assert rig.device.stats()["open"] <= 256
+        driver = rig.start()
+        driver.queues[1].request([struct.pack("<QQIIIHHIII", 3, 2, 9, 8, 0, 1, 6, 0, 0, 0)])
+        driver.reset()
+        assert rig.device.stats()["open"] == 0 and rig.canary() == before
+
+
+@pytest.mark.parametrize("name", [b"..", b"../outside", b"/etc/passwd", b"link/file", b"."])
+def test_case_23_paths_out_of_a_shared_folder(threaded, tmp_path, name):
+    """More of it is in test_shared_folder.py."""
+    (tmp_path / "share").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "share" / "link").symlink_to("../outside")
+    with Rig(SharedFolder(tmp_path / "share", "tag", threaded=threaded)) as rig:
+        queue = rig.start().queues[1]
+
+        def ask(op, node, body):
+            header = struct.pack("<IIQQIII4x", 40 + len(body), op, 1, node, 0, 0, 0)
+            return -struct.unpack_from("<Ii", queue.request([header + body], [256])[0])[1]
+
+        assert ask(26, 0, struct.pack("<IIII", 7, 31, 0, 0)) == 0
+        assert ask(1, 1, name + b"\0") == errno.EINVAL  # LOOKUP
+        assert ask(35, 1, struct.pack("<II8x", 2, 0o644) + name + b"\0") == errno.EINVAL  # CREATE
+        assert ask(9, 1, bytes(8) + name + b"\0") == errno.EINVAL  # MKDIR
+        assert ask(1, 1, b"link\0") == 0 and ask(1, 2, b"file\0") == errno.ENOTDIR
+        assert list((tmp_path / "outside").iterdir()) == []
 
 
 def test_case_22_hostile_ports_and_page_numbers(threaded):
