@@ -9,6 +9,6 @@ static const uint64_t not_announced[2] = {
     NOT(FEAT_XSAVES) | NOT(FEAT_MWAITX),
 #undef W
 #define W 1
-    NOT(FEAT_VME),
+    0,
 #undef W
 };

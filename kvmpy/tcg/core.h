@@ -107,6 +107,18 @@ static inline bool code64(const struct cpu *c) { return c->mode & MODE_CODE64; }
 static inline bool real_or_vm86(const struct cpu *c) { return !(c->cr0 & CR0_PE) || (c->sysflags & FL_VM); }
 static inline bool protected_mode(const struct cpu *c) { return !real_or_vm86(c); }
 
+/* At this CPL and IOPL the guest has VIF in place of IF: virtual-8086 mode with CR4.VME, ring 3 with CR4.PVI (SDM vol. 3B 20.3, 20.4). */
+static inline bool virtual_if(const struct cpu *c)
+{
+    return c->cpl == 3 && (c->sysflags >> 12 & 3) < 3 && c->cr4 & (c->sysflags & FL_VM ? CR4_VME : CR4_PVI);
+}
+/* FLAGS as a virtual-8086 program with VIF sees them, and what it may do to them (POPF, IRET). */
+static inline uint16_t virtual_flags(const struct cpu *c, uint64_t flags)
+{
+    return (uint16_t)((flags & ~(uint64_t)FL_IF) | FL_IOPL | (c->sysflags & FL_VIF ? FL_IF : 0));
+}
+void set_virtual_flags(struct cpu *c, const struct uop *u, uint16_t flags); /* after the last check but its own */
+
 /* Stack by SS.B and mode: address of [SS:sp]. */
 static inline uint64_t stack_lin(const struct cpu *c, uint64_t sp) { return c->segbase[SEG_SS] + (sp & c->stack_mask); }
 static inline void set_sp(struct cpu *c, uint64_t sp) { c->gpr[RSP] = (c->gpr[RSP] & ~c->stack_mask) | (sp & c->stack_mask); }

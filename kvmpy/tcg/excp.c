@@ -220,6 +220,38 @@ void deliver_interrupt(struct cpu *c, unsigned vector, bool soft, bool nmi)
     deliver(c, &e);
 }
 
+/* The interrupt redirection bitmap of the TSS: 32 bytes below the I/O permission map (SDM vol. 3B 20.3.3). */
+static bool redirected(struct cpu *c, const struct uop *u, unsigned vector)
+{
+    const struct segment *tr = &c->seg[SEG_TR];
+    if ((tr->attr & 13) != 9 || tr->limit < 103)
+        cpu_fault_code(c, u, EXC_GP, 0);
+    uint32_t at = (uint32_t)sys_read(c, u, tr->base + 102, 2) - 32 + vector / 8;
+    if (at > tr->limit)
+        cpu_fault_code(c, u, EXC_GP, 0);
+    return !(sys_read(c, u, tr->base + at, 1) >> (vector & 7) & 1);
+}
+
+/* INT n of a virtual-8086 program to its own handler: methods 5 and 6 of SDM vol. 3B table 20-2. */
+static void to_8086_handler(struct cpu *c, const struct uop *u, unsigned vector)
+{
+    uint32_t target = (uint32_t)mode_read(c, mmu_index(c), u, vector * 4, 4, 0), off = RIP_AFTER(c, u);
+    bool vif = virtual_if(c);
+    uint64_t flags = cpu_rflags(c), sp = c->gpr[RSP], values[3] = {vif ? virtual_flags(c, flags) : flags, c->seg[SEG_CS].sel, off};
+    stack_check(c, u, sp - 6, 6);
+    mem_check_write(c, u, stack_lin(c, sp - 6), 6, 1);
+    for (unsigned i = 0; i < 3; i++) {
+        sp -= 2;
+        mode_write(c, mmu_index(c), u, stack_lin(c, sp), 2, values[i] & 0xffff, 1);
+    }
+    set_sp(c, sp);
+    seg_load_real(c, SEG_CS, (uint16_t)(target >> 16));
+    c->rip = target & 0xffff;
+    cpu_set_rflags(c, flags & ~(uint64_t)((vif ? FL_VIF : FL_IF) | FL_TF | FL_RF));
+    cpu_update_mode(c);
+    c->event_taken = true;
+}
+
 /* INT n, INT3, INTO and INT1 are traps: they return behind themselves; a fault on the way returns to them. */
 void soft_interrupt(struct cpu *c, const struct uop *u, unsigned vector, int kind)
 {
@@ -231,8 +263,14 @@ void soft_interrupt(struct cpu *c, const struct uop *u, unsigned vector, int kin
         c->debug_exit.dr7 = c->dr[7];
         cpu_stop(c, u, TCG_STOP_DEBUG);
     }
-    if (kind == SOFT_INT && (c->sysflags & FL_VM) && (c->sysflags >> 12 & 3) < 3)
-        cpu_fault_code(c, u, EXC_GP, 0);
+    if (kind == SOFT_INT && c->sysflags & FL_VM) {
+        if (c->cr4 & CR4_VME && redirected(c, u, vector)) {
+            to_8086_handler(c, u, vector);
+            return;
+        }
+        if ((c->sysflags >> 12 & 3) < 3)
+            cpu_fault_code(c, u, EXC_GP, 0);
+    }
     if (kind == SOFT_INT1) {
         if (c->watch_hit & 15) { /* a data breakpoint of MOV SS waited: one #DB tells of both */
             c->dr[6] = (c->dr[6] & ~0xfull) | (c->watch_hit & 15);

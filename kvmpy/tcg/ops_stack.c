@@ -81,15 +81,24 @@
     }                                                                                                         \
     OP(pushf_##bits)                                                                                          \
     {                                                                                                         \
-        if ((c->mode & MODE_VM86) && !(c->mode & MODE_IOPL))                                                  \
-            cpu_fault_code(c, u, EXC_GP, 0);                                                                  \
+        if ((c->mode & MODE_VM86) && !(c->mode & MODE_IOPL)) {                                                \
+            if (bits != 16 || !virtual_if(c))                                                                 \
+                cpu_fault_code(c, u, EXC_GP, 0);                                                              \
+            PUSH(16, virtual_flags(c, cpu_rflags(c)));                                                        \
+            NEXT;                                                                                             \
+        }                                                                                                     \
         PUSH(bits, (U(bits))(cpu_rflags(c) & ~(uint64_t)(FL_VM | FL_RF)));                                    \
         NEXT;                                                                                                 \
     }                                                                                                         \
     OP(popf_##bits)                                                                                           \
     {                                                                                                         \
-        if ((c->mode & MODE_VM86) && !(c->mode & MODE_IOPL))                                                  \
-            cpu_fault_code(c, u, EXC_GP, 0);                                                                  \
+        if ((c->mode & MODE_VM86) && !(c->mode & MODE_IOPL)) {                                                \
+            if (bits != 16 || !virtual_if(c))                                                                 \
+                cpu_fault_code(c, u, EXC_GP, 0);                                                              \
+            set_virtual_flags(c, u, (uint16_t)TOP(16));                                                       \
+            DROP(2);                                                                                          \
+            LEAVE_AFTER;                                                                                      \
+        }                                                                                                     \
         uint64_t v = TOP(bits), may = FL_ARITH | FL_TF | FL_DF | FL_NT | FL_AC | FL_ID;                       \
         if (c->mode & MODE_IOPL)                                                                              \
             may |= FL_IF;                                                                                     \

@@ -195,8 +195,12 @@ FSGS(gs, SEG_GS)
 /* ---- interrupt flag, halting ---- */
 OP(cli)
 {
-    if (!(c->mode & MODE_IOPL))
-        cpu_fault_code(c, u, EXC_GP, 0);
+    if (!(c->mode & MODE_IOPL)) {
+        if (!virtual_if(c))
+            cpu_fault_code(c, u, EXC_GP, 0);
+        c->sysflags &= ~(uint32_t)FL_VIF;
+        NEXT;
+    }
     c->sysflags &= ~(uint32_t)FL_IF;
     NEXT;
 }
@@ -205,8 +209,12 @@ OP(cli)
 OP(fall);
 OP(sti)
 {
-    if (!(c->mode & MODE_IOPL))
-        cpu_fault_code(c, u, EXC_GP, 0);
+    if (!(c->mode & MODE_IOPL)) {
+        if (!virtual_if(c) || c->sysflags & FL_VIP)
+            cpu_fault_code(c, u, EXC_GP, 0);
+        c->sysflags |= FL_VIF;
+        NEXT;
+    }
     if (c->sysflags & FL_IF)
         NEXT;
     c->sysflags |= FL_IF;

@@ -434,6 +434,14 @@ static void unmask_nmi(struct cpu *c)
     cpu_irq_enabled(c); /* one may have waited */
 }
 
+void set_virtual_flags(struct cpu *c, const struct uop *u, uint16_t flags)
+{
+    if (flags & FL_TF || (flags & FL_IF && c->sysflags & FL_VIP))
+        cpu_fault_code(c, u, EXC_GP, 0);
+    uint64_t may = FL_ARITH | FL_DF | FL_NT | FL_TF | FL_VIF, v = flags | (flags & FL_IF ? FL_VIF : 0);
+    cpu_set_rflags(c, (cpu_rflags(c) & ~may & ~(uint64_t)FL_RF) | (v & may));
+}
+
 void iret(struct cpu *c, const struct uop *u, unsigned osize)
 {
     uint64_t may = FL_ARITH | FL_TF | FL_DF | FL_NT | FL_RF | FL_AC | FL_ID;
@@ -445,7 +453,8 @@ void iret(struct cpu *c, const struct uop *u, unsigned osize)
         task_switch(c, u, back, TASK_IRET, RIP_AFTER(c, u), false, 0);
         return;
     }
-    if ((c->sysflags & FL_VM) && iopl < 3)
+    bool virtual = (c->sysflags & FL_VM) && iopl < 3;
+    if (virtual && (osize != 16 || !virtual_if(c)))
         cpu_fault_code(c, u, EXC_GP, 0);
     uint64_t sp = c->gpr[RSP], rip = pop_at(c, u, &sp, osize);
     uint16_t sel = (uint16_t)pop_at(c, u, &sp, osize);
@@ -453,6 +462,15 @@ void iret(struct cpu *c, const struct uop *u, unsigned osize)
     if (real_or_vm86(c)) {
         if (rip > c->seg[SEG_CS].limit)
             cpu_fault_code(c, u, EXC_GP, 0);
+        if (virtual) {
+            set_virtual_flags(c, u, (uint16_t)flags);
+            seg_load_real(c, SEG_CS, sel);
+            set_sp(c, sp);
+            c->rip = rip;
+            unmask_nmi(c);
+            cpu_update_mode(c);
+            return;
+        }
         may |= FL_IF | (c->sysflags & FL_VM ? 0 : FL_IOPL);
         if (osize == 16)
             may &= 0xffff;
