@@ -17,9 +17,9 @@ from kvmpy import guests
 from kvmpy.guests import initramfs
 from kvmpy.guests.init import parameters
 
-ROUNDS = 3
+ROUNDS = 5
 SIZE = 256  # MiB of the image; it is in the page cache of the host
-SECONDS = 1.5  # for each way
+SECONDS = 0.8  # for each way
 TIMEOUT = 180
 MEMORY = 512
 FORMATS = ("raw", "qcow2")

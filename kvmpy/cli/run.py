@@ -117,6 +117,7 @@ def add_parser(commands: Any) -> None:
     io.add_argument("--debugcon", metavar="FILE", help="write the debug ports 0xe9 and 0x402 to a file")
     io.add_argument("--timeout", metavar="S", type=inputs.seconds, help="stop the guest after S seconds")
     io.add_argument("--json", action="store_true", help="write the outcome as one JSON object")
+    io.add_argument("--metrics", metavar="FILE", help="write counters there as Prometheus text, every five seconds")
     io.add_argument("-q", "--quiet", action="store_true", help="no messages but errors")
 
 
@@ -236,11 +237,13 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _wait(options: argparse.Namespace, machine: Machine, result: Result) -> None:
+    from kvmpy.cli.metrics import MetricsFile
+
     result.backend, result.backend_reason = machine.backend, machine.backend_reason
     result.image_format = machine.entry.format
     start = time.monotonic()
     try:
-        with machine:
+        with machine, MetricsFile(machine, options.metrics):
             try:
                 outcome = machine.wait(options.timeout)
             except TimeoutError:

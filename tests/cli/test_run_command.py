@@ -127,6 +127,17 @@ def test_json_goes_to_stdout_when_the_console_is_elsewhere(guest, tmp_path, back
     assert found["unclaimed"] == {"pio": 0, "mmio": 0}
 
 
+def test_metrics_are_in_a_file_at_the_end(guest, tmp_path):
+    path = tmp_path / "kvmpy.prom"
+    done = kvmpy(*guest(PRINT_FOUR + POWER_OFF, "--metrics", str(path)))
+    assert done.returncode == 0, done.stderr
+    lines = path.read_text().splitlines()
+    assert f"kvmpy_memory_ram_bytes {2 << 20}" in lines and "# TYPE kvmpy_vcpu_exits_total counter" in lines
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["guest.bin", "kvmpy.prom"]
+    nowhere = kvmpy(*guest(PRINT_FOUR + POWER_OFF, "--metrics", str(tmp_path / "none" / "file")))
+    assert nowhere.returncode != 0 and "none" in nowhere.stderr
+
+
 def test_json_goes_to_stderr_when_the_console_is_on_stdout(guest):
     done = kvmpy(*guest(PRINT_FOUR_32 + TRIPLE_FAULT_32, "--mode", "protected", "--json"))
     assert done.stdout == "4\n"
