@@ -18,20 +18,32 @@ CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 NAMED = Path("/run/netns")  # where `ip netns add NAME` puts them
 
 
-def inside(namespace: str | None, call: Callable[[], T]) -> T:
-    """`call()` in the namespace of this name or path (such as /proc/PID/ns/net); None: here.
+def open_namespace(name: str) -> int:
+    """A descriptor of the namespace of this name or path (such as /proc/PID/ns/net). Raises NetworkError.
 
-    Raises NetworkError when there is no such namespace, and what the call raises.
+    While it is open the namespace stays, also when its name is removed.
     """
+    path = Path(name) if "/" in name else NAMED / name
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NetworkError(
+            f"no network namespace {path}: {error.strerror}; make one: ip netns add {path.name}"
+        ) from error
+
+
+def inside(namespace: int | None, call: Callable[[], T]) -> T:
+    """`call()` in the namespace of this descriptor; None: here. Raises NetworkError, and what the call raises."""
     if namespace is None:
         return call()
-    path = Path(namespace) if "/" in namespace else NAMED / namespace
     result: list[T] = []
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
-            _enter(path)
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(namespace, CLONE_NEWNET):
+                raise NetworkError(f"the network namespace cannot be entered: {os.strerror(ctypes.get_errno())}")
             result.append(call())
         except BaseException as error:
             failure.append(error)
@@ -42,19 +54,3 @@ def inside(namespace: str | None, call: Callable[[], T]) -> T:
     if failure:
         raise failure[0]
     return result[0]
-
-
-def _enter(path: Path) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise NetworkError(
-            f"no network namespace {path}: {error.strerror}; make one: ip netns add {path.name}"
-        ) from error
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(fd, CLONE_NEWNET):
-            number = ctypes.get_errno()
-            raise NetworkError(f"network namespace {path}: {os.strerror(number)}")
-    finally:
-        os.close(fd)

@@ -81,11 +81,11 @@ class Switch(Closing):
         return total
 
     def close(self) -> None:
-        """Close the ports and what was connected; again is no error."""
+        """Unplug the ports, whose cards see it, and close what was connected; again is no error."""
         if self._closed:
             return
         for port in self._ports[:]:
-            port.close()
+            port.unplug()
         self._closed = True
         self._hub.stop()
         self._thread.join()
@@ -98,7 +98,7 @@ class Switch(Closing):
 
 
 class SwitchPort(Closing):
-    """A port of a `Switch`: a back end. Closed with its card or with the switch."""
+    """A port of a `Switch`: a back end. Closed with its card; a switch that closes before only pulls the cable out."""
 
     vnet_header = True
     offloads = OFFLOADS
@@ -120,12 +120,19 @@ class SwitchPort(Closing):
         """Live counters by name; rx is from the guest."""
         return self._hub.state(self.number)[2]
 
-    def close(self) -> None:
-        """Unplug it; again is no error."""
+    def unplug(self) -> None:
+        """Give the switch's end back; the card hears that its peer is gone. Again is no error."""
         if self._closed:
             return
         self._closed = True
         self._switch._gone(self)
         self._hub.remove(self.number)
-        for end in self._ends:
-            end.close()
+        self._ends[1].close()
+
+    def close(self) -> None:
+        """Unplug it and close the card's end; again is no error."""
+        self.unplug()
+        self._ends[0].close()
+
+    def __del__(self) -> None:
+        self._ends[0].close()  # of a port that no card ever had

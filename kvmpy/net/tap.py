@@ -17,7 +17,7 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from kvmpy.errors import NetworkError
 from kvmpy.net import links, nat
 from kvmpy.net.backend import OFFLOADS, Closing
-from kvmpy.net.namespace import inside
+from kvmpy.net.namespace import inside, open_namespace
 from kvmpy.net.tapfd import TUN, TapFd
 
 log = logging.getLogger("kvmpy.net")
@@ -66,11 +66,12 @@ class Tap(Closing):
         if not 1 <= queues <= 16:
             raise ValueError(f"a tap has 1 to 16 queues, not {queues}")
         self.namespace = namespace
+        self._place = None if namespace is None else open_namespace(namespace)
         self._undo = contextlib.ExitStack()
         try:
-            inside(namespace, lambda: self._make(name, bridge, mtu, masquerade, queues))
+            inside(self._place, lambda: self._make(name, bridge, mtu, masquerade, queues))
         except BaseException:
-            inside(namespace, self._undo.close)
+            self.close()
             raise
 
     def _make(self, name: str, bridge: str | None, mtu: int | None, masquerade: bool, queues: int) -> None:
@@ -99,8 +100,13 @@ class Tap(Closing):
 
     def close(self) -> None:
         """Remove the interface and what was made for it; again is no error. Raises NetworkError when that fails."""
-        undo = self._undo.pop_all()
-        inside(self.namespace, undo.close)
+        undo, place = self._undo.pop_all(), self._place
+        self._place = None
+        try:
+            inside(place, undo.close)
+        finally:
+            if place is not None:
+                os.close(place)
 
     def __repr__(self) -> str:
         return f"<Tap {self.name}{f' in {self.namespace}' if self.namespace else ''}>"

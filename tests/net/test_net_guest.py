@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock Debian kernels on our networks: DHCP, echo, HTTP both ways, two guests over a switch, QEMU as the peer."""
+
+import contextlib
+import hashlib
+import http.server
+import re
+import shutil
+import subprocess
+import threading
+import time
+import urllib.request
+
+import pytest
+
+from kvmpy import Machine, Nic, guests
+from kvmpy.chardev import Console
+from kvmpy.errors import BackendError, NetworkError
+from kvmpy.guests.init import parameters
+from kvmpy.net import StreamSocket, Switch, Tap, UserNet
+
+pytestmark = pytest.mark.guest
+
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_net")
+DHCP = """cat > /lease <<'END'
+#!/bin/sh
+[ "$1" = bound ] || exit 0
+ip addr add $ip/$mask dev $interface; ip route add default via $router; echo "nameserver $dns" > /etc/resolv.conf
+END
+chmod +x /lease; ip link set eth0 up; udhcpc -i eth0 -n -q -s /lease > /dev/null || exit 1
+"""
+
+
+@pytest.fixture
+def linux():
+    """Makes a machine with Debian's kernel on the software CPU: a KVM that emulates ring 0 may lack instructions."""
+    from kvmpy import Vm
+
+    try:
+        Vm("tcg").close()
+    except BackendError as error:
+        pytest.skip(str(error))
+    guest = guests.find("debian-6.1")
+    if guest is None:
+        pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
+    with contextlib.ExitStack() as stack:
+
+        def make(run, nets, transport="pci"):
+            machine = Machine(
+                kernel=guest.kernel,
+                initrd=guest.initrd_modules,
+                memory="256M",
+                backend="tcg",
+                transport=transport,
+                nets=nets,
+                console=Console(),
+                cmdline="console=ttyS0 nokaslr quiet " + parameters(run, modules=MODULES),
+            )
+            stack.callback(machine.close)
+            return machine
+
+        make.guest = guest
+        yield make
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """A server of the host."""
+
+    content = bytes(range(256)) * 8192  # 2 MiB
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *words):
+        pass
+
+
+@contextlib.contextmanager
+def web_server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+MD5 = hashlib.md5(Files.content).hexdigest()
+
+
+def fetch(url, seconds=90):
+    """A file of the guest's server, which may not be up yet."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=seconds) as answer:
+                return answer.read()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def ended(machine):
+    outcome = machine.wait(120)
+    text = machine.console.transcript
+    assert outcome.reason == "poweroff" and "exit status 0" in text, text[-3000:]
+    return text
+
+
+@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.slow)])
+def test_user_mode_network(linux, transport):
+    with (
+        web_server() as port,
+        UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{port}"], host_forwards=["tcp::0-:8080"]) as net,
+    ):
+        run = DHCP + (
+            "ping -c 2 10.0.2.2 && wget -q -O /file http://10.0.2.2/ && md5sum /file || exit 1\n"
+            "mkdir /www; cp /file /www/file; httpd -p 8080 -h /www\n"
+            "while [ ! -e /www/cgi-bin/done ]; do read -t 1 answer && break; done"
+        )
+        machine = linux(run, [net], transport)
+        machine.start()
+        data = fetch(f"http://127.0.0.1:{net.forwards[0].port}/file")
+        assert hashlib.md5(data).hexdigest() == MD5
+        machine.console.send_line("enough")
+        text = ended(machine)
+        assert "2 packets received" in text and MD5 in text
+
+
+def test_tap_in_a_namespace(linux, namespace, tmp_path):
+    try:
+        tap = Tap("guest0", namespace=namespace.name, addresses="192.168.77.1/24")
+    except NetworkError as error:
+        pytest.skip(str(error))
+    run = (
+        "ip addr add 192.168.77.2/24 dev eth0; ip link set eth0 up\n"
+        "mkdir /www; dd if=/dev/urandom of=/www/file bs=64k count=64 2> /dev/null; md5sum /www/file\n"
+        "ping -c 2 192.168.77.1 && httpd -p 80 -h /www && read answer\n"
+        "wget -q -O - http://192.168.77.1:8000/file | md5sum"
+    )
+    machine = linux(run, [tap])
+    machine.start()
+    (tmp_path / "file").write_bytes(Files.content)
+    words = ("8000", "--bind", "192.168.77.1", "--directory", str(tmp_path))
+    server = namespace.start("python3", "-u", "-m", "http.server", *words, stdout=-1, stderr=-2)
+    try:
+        assert "Serving" in server.stdout.readline()
+        fetch_it = "import hashlib, sys, urllib.request as u; "
+        fetch_it += "print(hashlib.md5(u.urlopen('http://192.168.77.2/file', timeout=60).read()).hexdigest())"
+        machine.console.expect("2 packets received", timeout=90)
+        deadline = time.monotonic() + 60
+        while True:
+            digest = namespace.run("python3", "-c", fetch_it, check=False).strip().splitlines()[-1]
+            if re.fullmatch("[0-9a-f]{32}", digest) or time.monotonic() > deadline:
+                break
+            time.sleep(0.3)
+        machine.console.send_line("enough")
+        text = ended(machine)
+        assert f"{digest}  /www/file" in text and f"{MD5}  -" in text
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_two_guests_over_the_switch(linux):
+    with Switch() as switch:
+        send = (
+            "ip addr add 10.5.0.1/24 dev eth0; ip link set eth0 up; mkdir /www\n"
+            "dd if=/dev/urandom of=/www/file bs=64k count=64 2> /dev/null; md5sum < /www/file\n"
+            "httpd -p 8000 -h /www; read answer; ping -c 2 10.5.0.2"
+        )
+        take = (
+            "ip addr add 10.5.0.2/24 dev eth0; ip link set eth0 up\n"
+            "until wget -q -O /file http://10.5.0.1:8000/file; do sleep 0.2; done\n"
+            "md5sum < /file; read answer"
+        )
+        machines = [linux(run, [Nic(switch.port(mac=mac), mac=mac)]) for run, mac in
+                    ((send, "52:54:00:00:00:01"), (take, "52:54:00:00:00:02"))]  # fmt: skip
+        for machine in machines:
+            machine.start()
+        machines[1].console.expect("  -", timeout=120)
+        machines[0].console.send_line("enough")
+        first = ended(machines[0])
+        machines[1].console.send_line("enough")
+        second = ended(machines[1])
+        digests = [re.search(r"^([0-9a-f]{32})  -", text, re.M)[1] for text in (first, second)]
+        assert digests[0] == digests[1] and "2 packets received" in first
+
+
+@pytest.mark.slow
+def test_a_guest_of_qemu_on_our_network(linux, tmp_path):
+    """QEMU's `-netdev stream` is plugged into our switch, whose uplink is the user-mode network."""
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu is None:
+        pytest.skip("no qemu-system-x86_64: install the package qemu-system-x86")
+    if "stream" not in subprocess.run([qemu, "-netdev", "help"], capture_output=True, text=True, check=True).stdout:
+        pytest.skip("this QEMU has no -netdev stream: 7.2 has it")
+    run = DHCP + "ping -c 2 10.0.2.2 && wget -q -O - http://10.0.2.2/ | md5sum; sleep 1"
+    path = tmp_path / "wire"
+    with web_server() as port, Switch() as switch:
+        switch.connect(UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{port}"]))
+        switch.connect(StreamSocket(path, listen=True))
+        words = parameters(run, modules=MODULES, reboot=True)
+        done = subprocess.run(
+            [qemu, "-M", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot",
+             "-serial", "stdio", "-kernel", linux.guest.kernel, "-initrd", linux.guest.initrd_modules,
+             "-append", f"console=ttyS0 nokaslr quiet panic=-1 {words}",
+             "-netdev", f"stream,id=n,server=off,addr.type=unix,addr.path={path}",
+             "-device", "virtio-net-pci,netdev=n"],
+            capture_output=True, text=True, timeout=180, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    assert "2 packets received" in done.stdout and MD5 in done.stdout, done.stdout[-3000:] + done.stderr
