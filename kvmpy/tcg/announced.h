@@ -6,7 +6,7 @@
 #define NOT(f) (f / 64 == W ? 1ull << (f % 64) : 0)
 static const uint64_t not_announced[2] = {
 #define W 0
-    NOT(FEAT_XSAVES) | NOT(FEAT_MWAITX),
+    NOT(FEAT_MWAITX),
 #undef W
 #define W 1
     0,

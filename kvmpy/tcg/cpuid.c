@@ -31,7 +31,7 @@ static const struct { uint32_t leaf, subleaf; uint8_t reg, bit, feature; } bits[
     {7, 0, 1, 23, FEAT_CLFLUSHOPT}, {7, 0, 1, 24, FEAT_CLWB}, {7, 0, 1, 29, FEAT_SHA},
     {7, 0, 2, 2, FEAT_UMIP}, {7, 0, 2, 3, FEAT_PKU}, {7, 0, 2, 9, FEAT_VAES}, {7, 0, 2, 10, FEAT_VPCLMUL}, {7, 0, 2, 16, FEAT_LA57}, {7, 0, 2, 22, FEAT_RDPID}, {7, 0, 3, 4, FEAT_FSRM}, {7, 0, 3, 14, FEAT_SERIALIZE},
     /* 0xd.1 EAX */
-    {0xd, 1, 0, 0, FEAT_XSAVEOPT}, {0xd, 1, 0, 1, FEAT_XSAVEC}, {0xd, 1, 0, 3, FEAT_XSAVES},
+    {0xd, 1, 0, 0, FEAT_XSAVEOPT}, {0xd, 1, 0, 1, FEAT_XSAVEC}, {0xd, 1, 0, 2, FEAT_XGETBV1}, {0xd, 1, 0, 3, FEAT_XSAVES},
     /* extended */
     {0x80000001, 0, 2, 0, FEAT_LAHF}, {0x80000001, 0, 2, 5, FEAT_LZCNT}, {0x80000001, 0, 2, 8, FEAT_PREFETCHW},
     {0x80000001, 0, 3, 11, FEAT_SYSCALL}, {0x80000001, 0, 3, 20, FEAT_NX}, {0x80000001, 0, 3, 26, FEAT_GBPAGES},
@@ -39,6 +39,7 @@ static const struct { uint32_t leaf, subleaf; uint8_t reg, bit, feature; } bits[
 };
 /* Announced although no instruction hangs on them: DE PSE PAE MCE APIC MTRR MCA PAT PSE36 (leaf 1 EDX); HYPERVISOR. */
 #define LEAF1_EDX_PLAIN (1u << 2 | 1u << 3 | 1u << 6 | 1u << 7 | 1u << 9 | 1u << 12 | 1u << 14 | 1u << 16 | 1u << 17)
+#define LEAF7_EBX_PLAIN (1u << 1) /* IA32_TSC_ADJUST */
 #define LEAF1_ECX_PLAIN (1u << 21 | 1u << 24 | 1u << 31) /* x2APIC, TSC deadline, hypervisor */
 
 /* Features whose instructions are not (all) written yet are not announced. */
@@ -79,7 +80,7 @@ uint32_t cpu_supported_cpuid(struct kvm_cpuid_entry2 *e, uint32_t max)
     ENTRY(5, 0, 0, 64, 64, 3, 0x10); /* MONITOR: lines of 64 bytes, ECX[0] of MWAIT works, one C1 */
     ENTRY(6, 0, 0, 4, 0, 0, 0); /* ARAT */
     /* Speculation controls, see ARCH_CAPABILITIES_NO in msr.c: IBRS and IBPB, STIBP, ARCH_CAPABILITIES, SSBD; then BHI_CTRL, MCDT_NO */
-    ENTRY(7, 0, indexed, 2, feature_bits(7, 0, 1), feature_bits(7, 0, 2), feature_bits(7, 0, 3) | 1u << 26 | 1u << 27 | 1u << 29 | 1u << 31);
+    ENTRY(7, 0, indexed, 2, feature_bits(7, 0, 1) | LEAF7_EBX_PLAIN, feature_bits(7, 0, 2), feature_bits(7, 0, 3) | 1u << 26 | 1u << 27 | 1u << 29 | 1u << 31);
     ENTRY(7, 1, indexed, 0, 0, 0, 0);
     ENTRY(7, 2, indexed, 0, 0, 0, 1u << 4 | 1u << 5);
     ENTRY(0xb, 0, indexed, 0, 1, 0x100, 0);

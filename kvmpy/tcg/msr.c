@@ -293,7 +293,11 @@ int msr_read(struct vcpu *vcpu, uint32_t index, uint64_t *value, bool host)
     }
     switch (index) {
     case IA32_TSC: *value = vcpu_tsc(vcpu); return MSR_OK;
-    case IA32_TSC_ADJUST: *value = vcpu->tsc_adjust; return MSR_OK;
+    case IA32_TSC_ADJUST:
+        if (!host && !cpuid_bit(vcpu, 7, CPUID_EBX, 1))
+            return MSR_UNKNOWN;
+        *value = vcpu->tsc_adjust;
+        return MSR_OK;
     case IA32_TSC_DEADLINE:
         *value = vcpu->has_apic ? read_deadline(vcpu) : 0;
         return vcpu->has_apic || host ? MSR_OK : MSR_FAULT;
@@ -340,6 +344,8 @@ int msr_write(struct vcpu *vcpu, uint32_t index, uint64_t value, bool host)
     switch (index) {
     case IA32_TSC: write_tsc(vcpu, value, host); return MSR_OK;
     case IA32_TSC_ADJUST:
+        if (!host && !cpuid_bit(vcpu, 7, CPUID_EBX, 1))
+            return MSR_UNKNOWN;
         if (!host) {
             vcpu->tsc_offset += value - vcpu->tsc_adjust;
             atomic_fetch_or(&vcpu->events, EVENT_CLOCK);

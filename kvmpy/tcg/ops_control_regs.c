@@ -491,7 +491,7 @@ OP(xgetbv)
     if (!(c->cr4 & CR4_OSXSAVE))
         cpu_fault(c, u, EXC_UD);
     uint32_t n = GET32(RCX * 8);
-    if (n > 1)
+    if (n > feature(c, FEAT_XGETBV1))
         cpu_fault_code(c, u, EXC_GP, 0);
     SET32(0, (uint32_t)c->xcr0); /* 1: XINUSE; saying "all in use" is allowed */
     SET32(RDX * 8, 0);

@@ -173,7 +173,7 @@ static void save(struct cpu *c, const struct uop *u, bool compact)
         mem_write_bytes(c, u, lin + off_pkru, &pkru, 8);
 }
 
-static void restore(struct cpu *c, const struct uop *u)
+static void restore(struct cpu *c, const struct uop *u, bool compact_only)
 {
     uint8_t a[AREA];
     available(c, u);
@@ -188,6 +188,8 @@ static void restore(struct cpu *c, const struct uop *u)
     for (unsigned i = compact ? 528 : 520; i < (compact ? 576 : 536); i++)
         if (a[i])
             cpu_fault_code(c, u, EXC_GP, 0);
+    if (compact_only && !compact)
+        cpu_fault_code(c, u, EXC_GP, 0);
     if (bv & ~c->xcr0 || (compact && (bv & ~comp || comp << 1 >> 1 & ~c->xcr0)))
         cpu_fault_code(c, u, EXC_GP, 0);
     if (compact ? rfbm & bv & SSE || rfbm & bv & AVX : rfbm & (SSE | AVX)) {
@@ -222,8 +224,9 @@ OP(xsave_m) { save(c, u, false); NEXT_RETURN; }
 OP(xsaveopt_m) { save(c, u, false); NEXT_RETURN; }
 OP(xsavec_m) { save(c, u, true); NEXT_RETURN; }
 OP(xsaves_m) { save(c, u, true); NEXT_RETURN; }
-OP(xrstor_m) { restore(c, u); LEAVE_AFTER; }
-OP(xrstors_m) { restore(c, u); LEAVE_AFTER; }
+OP(xrstor_m) { restore(c, u, false); LEAVE_AFTER; }
+/* IA32_XSS has no bits here, so supervisor state is what XRSTOR has; but the format must be the compacted one. */
+OP(xrstors_m) { restore(c, u, true); LEAVE_AFTER; }
 
 static void legacy_available(struct cpu *c, const struct uop *u)
 {

@@ -117,6 +117,7 @@ FEATURES = [
     "vaes",
     "vpclmul",
     "la57",
+    "xgetbv1",
     "vme",
 ]
 CLASSES = ("x87", "mmxclass", "sseclass", "avxclass")
