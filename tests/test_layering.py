@@ -17,7 +17,7 @@ LEVELS = {
     "devices": 3, "vm": 4, "pci": 4,
     "boot": 5, "virtio": 5,
     "machine": 6,
-    "guests": 7, "doctor": 7, "aio": 7, "snapshot": 7, "gdb": 7, "control": 7,
+    "guests": 7, "doctor": 7, "aio": 7, "snapshot": 7, "gdb": 7, "control": 7, "profile": 7,
     "cli": 8, "testing": 8, "__main__": 9,
     "": 9,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from kvmpy.cli import status
 from kvmpy.cli.text import tell, uncollected
 from kvmpy.errors import BackendError, BootError, GuestError, ImageError, KvmpyError
 
-COMMANDS = ("run", "doctor", "guest", "image", "version")  # each is a module of this package
+COMMANDS = ("run", "doctor", "guest", "image", "debug", "version")  # each is a module of this package
 
 EPILOG = """\
 examples:

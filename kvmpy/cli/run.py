@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ from kvmpy.cli.text import tell, uncollected
 
 if TYPE_CHECKING:
     from kvmpy.machine import Config, Machine
+
+    Watch = Callable[[Machine], contextlib.AbstractContextManager[object]]
 
 log = logging.getLogger("kvmpy.cli")
 
@@ -59,7 +63,11 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(function=run)
+    add_arguments(parser)
 
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is booted, on which machine: also for commands that look at a guest while it runs."""
     image = parser.add_argument_group("what to boot (a FILE may be a stock guest's: NAME or NAME:FILE)")
     image.add_argument(
         "kernel", nargs="?", metavar="KERNEL", help="bzImage, ELF, PVH, multiboot or flat image"
@@ -121,13 +129,13 @@ def add_parser(commands: Any) -> None:
     io.add_argument("-q", "--quiet", action="store_true", help="no messages but errors")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Boot, wait, tell. Returns the exit status."""
+def run(options: argparse.Namespace, watch: Watch = contextlib.nullcontext) -> int:
+    """Boot, wait, tell. Returns the exit status. `watch(machine)` is entered while the guest runs."""
     from kvmpy.cli.command import describe, status_of
 
     result = Result()
     try:
-        _boot(options, result)
+        _boot(options, result, watch)
     except UsageError as error:
         result.failed(error, status.USAGE)
     except Exception as error:
@@ -138,7 +146,7 @@ def run(options: argparse.Namespace) -> int:
     return result.status
 
 
-def _boot(options: argparse.Namespace, result: Result) -> None:
+def _boot(options: argparse.Namespace, result: Result, watch: Watch) -> None:
     from kvmpy.errors import KvmpyError
 
     previous = signal.signal(signal.SIGTERM, _terminate)
@@ -156,7 +164,7 @@ def _boot(options: argparse.Namespace, result: Result) -> None:
         except ValueError as error:  # what only the machine can check, such as --cpu
             raise UsageError(str(error)) from error
         _introduce(options, machine)
-        _wait(options, machine, result)
+        _wait(options, machine, result, watch)
     except _Terminated:
         result.ended("terminated")
     except KeyboardInterrupt:
@@ -236,14 +244,14 @@ def _config(options: argparse.Namespace) -> Config:
         raise
 
 
-def _wait(options: argparse.Namespace, machine: Machine, result: Result) -> None:
+def _wait(options: argparse.Namespace, machine: Machine, result: Result, watch: Watch) -> None:
     from kvmpy.cli.metrics import MetricsFile
 
     result.backend, result.backend_reason = machine.backend, machine.backend_reason
     result.image_format = machine.entry.format
     start = time.monotonic()
     try:
-        with machine, MetricsFile(machine, options.metrics):
+        with machine, MetricsFile(machine, options.metrics), watch(machine):
             try:
                 outcome = machine.wait(options.timeout)
             except TimeoutError:

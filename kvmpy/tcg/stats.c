@@ -47,6 +47,7 @@ static void collect(struct vcpu *vcpu, struct vcpu_stats *out)
     out->blocks = c->stat.blocks;
     out->lookups = c->stat.lookups;
     out->tlb_misses = c->stat.tlb_miss;
+    out->page_walks = c->stat.walks;
     out->tlb_flushes = c->stat.flushes;
     out->code_invalidations = c->stat.smc;
     out->faults = c->stat.faults;

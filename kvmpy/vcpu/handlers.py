@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmpy import _exits as x
 from kvmpy.bus import Bus
 from kvmpy.errors import OverlapError
+
+if TYPE_CHECKING:
+    from kvmpy.vcpu.vcpu import Vcpu
 
 Handler = Callable[[Any], object]
 H = TypeVar("H", bound=Handler)
@@ -57,6 +60,7 @@ class Handlers:
         self.msr_read: dict[int, Handler] = {}
         self.msr_write: dict[int, Handler] = {}
         self.by_type: dict[type[x.Exit], Handler] = {}
+        self.kicked: Callable[[Vcpu], None] | None = None  # in the vCPU's thread, each time a kick took it out
 
     def on_port(self, port: int, count: int, handler: Handler, *, write: bool) -> None:
         """Claim `count` ports from `port` in one direction."""

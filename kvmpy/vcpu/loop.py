@@ -75,6 +75,8 @@ class Loop:
             exit = run()
             kind = type(exit)
             if kind is x.Interrupted:
+                if self._handlers.kicked is not None:
+                    self._handlers.kicked(self.vcpu)
                 return None
             serve = table.get(kind)
             outcome = self._other(exit) if serve is None else serve(exit)

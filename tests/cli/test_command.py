@@ -17,7 +17,7 @@ from kvmpy.cli import status
 from kvmpy.cli.command import describe, main, parser, status_of
 from kvmpy.errors import BackendError, BootError, EmulationFailure, GuestMemoryError, KvmError
 
-COMMANDS = [(), ("run",), ("doctor",), ("guest",), ("image",), ("version",)]
+COMMANDS = [(), ("run",), ("doctor",), ("guest",), ("image",), ("debug",), ("debug", "profile"), ("version",)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
