@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,23 +26,21 @@ from kvmpy.guests import sources
 from kvmpy.machine import parse_size
 
 PACKAGES = ("systemd-sysv", "udev", "dbus", "iproute2", "kmod")
-CHUNK = 1 << 20
-# Run by mmdebstrap with the new system's root as $1. What they say goes to stderr: stdout is the file system.
-SETTINGS = """\
-exec >&2
-passwd -R "$1" -d root
-echo 'kvmpy' > "$1/etc/hostname"
-echo '/dev/vda / ext4 errors=remount-ro,discard 0 1' > "$1/etc/fstab"
-rm -f "$1/etc/machine-id" && touch "$1/etc/machine-id"
-"""
-FILE_SYSTEM = """\
-set -e
-mkdir "$TMPDIR/root"
-mount --bind "$1" "$TMPDIR/root"  # without what is mounted in it
-trap 'umount "$TMPDIR/root"' EXIT
-mke2fs -q -t ext4 -L root -E root_owner=0:0 -d "$TMPDIR/root" "$TMPDIR/root.img" {kib}k >&2
-cat "$TMPDIR/root.img"
-"""
+# Run by mmdebstrap with the new system's root as $1, perhaps in a user namespace.
+SETTINGS = (
+    'passwd -R "$1" -d root',
+    'echo kvmpy > "$1/etc/hostname"',
+    'echo "/dev/vda / ext4 errors=remount-ro,discard 0 1" > "$1/etc/fstab"',
+    'rm -f "$1/etc/machine-id" && touch "$1/etc/machine-id"',
+    'rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*',
+)
+FILE_SYSTEM = (
+    "set -e",
+    "work=$(mktemp -d)",
+    'trap "umount $work; rmdir $work" EXIT',
+    'mount --bind "$1" $work',  # without what is mounted in it
+    "mke2fs -q -F -t ext4 -L root -E root_owner=0:0 -d $work {output}",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -52,7 +51,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", default="2G", type=parse_size, help="of the disk (default 2G)")
     parser.add_argument("--include", default="", help="more packages, joined by commas")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=options.output.absolute().parent, prefix=".debian-") as work:
+    with tempfile.TemporaryDirectory(prefix="kvmpy-debian-") as work:
+        Path(work).chmod(0o711)  # in a user namespace mmdebstrap is somebody else
         raw = Path(work, "root.img")
         bootstrap(raw, options.suite, options.size, [*PACKAGES, *filter(None, options.include.split(","))])
         create_disk(options.output, options.format, options.size)
@@ -64,21 +64,15 @@ def main(arguments: list[str]) -> int:
 
 def bootstrap(raw: Path, suite: str, size: int, packages: list[str]) -> None:
     """Write an ext4 file system of `size` bytes with the system to `raw`."""
-    hooks = (SETTINGS, FILE_SYSTEM.format(kib=size >> 10))
+    raw.touch()
+    raw.chmod(0o666)
+    os.truncate(raw, size)
+    hooks = ("; ".join(SETTINGS), "; ".join(FILE_SYSTEM).format(output=shlex.quote(str(raw))))
     command = ["mmdebstrap", "--quiet", "--variant=minbase", "--format=null", f"--include={','.join(packages)}"]
     command += [f"--customize-hook={hook}" for hook in hooks]
-    command += [suite, "-", sources.find().mirror]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": os.environ.get("SOURCE_DATE_EPOCH", "0")}
-    with raw.open("wb") as out, subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        while chunk := process.stdout.read(CHUNK):
-            if chunk.count(0) == len(chunk):
-                out.seek(len(chunk), os.SEEK_CUR)  # a hole
-            else:
-                out.write(chunk)
-        out.truncate()
-    if process.returncode or raw.stat().st_size != size:
-        raise SystemExit(f"mmdebstrap failed with status {process.returncode}, {raw.stat().st_size} bytes")
+    done = subprocess.run([*command, suite, "-", sources.find().mirror], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SystemExit(f"mmdebstrap failed with status {done.returncode}")
 
 
 if __name__ == "__main__":
