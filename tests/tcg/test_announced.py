@@ -15,7 +15,7 @@ from kvmpy.boot.cpuid import CpuidPolicy
 from kvmpy.engines import open_kvm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kvmpy" / "tcg"))
-import optable  # noqa: E402
+import optable
 
 # The gate of a row in the table by the name of its CPUID bit, where the two differ.
 GATES = {"pni": "sse3", "sse4_1": "sse41", "sse4_2": "sse42", "pclmulqdq": "pclmul", "sha_ni": "sha", "abm": "lzcnt",
@@ -23,11 +23,13 @@ GATES = {"pni": "sse3", "sse4_1": "sse41", "sse4_2": "sse42", "pclmulqdq": "pclm
 # Gates that no CPUID bit opens: VMCALL works on every engine.
 ALWAYS = {"vmcall"}
 # Bits of CPUID without an instruction of their own: a control bit, an MSR, a device, a promise.
-BEHAVIOUR = {name for name, place in FEATURES.items() if place.function == 0x4000_0001} | set(
-    "3dnowprefetch apic arat arch_capabilities bhi_ctrl de erms fsrm hypervisor intel_stibp invtsc la57 mca mcdt_no mce "
-    "mtrr nx pae pat pcid pdpe1gb pge pse pse36 smep spec_ctrl ssbd tsc_adjust tsc_deadline_timer umip vme x2apic "
-    "xgetbv1".split()
-)
+BEHAVIOUR = {
+    *(name for name, place in FEATURES.items() if place.function == 0x4000_0001),
+    *("3dnowprefetch", "apic", "arat", "arch_capabilities", "bhi_ctrl", "de", "erms", "fsrm", "hypervisor"),
+    *("intel_stibp", "invtsc", "la57", "mca", "mcdt_no", "mce", "mtrr", "nx", "pae", "pat", "pcid", "pdpe1gb"),
+    *("pge", "pse", "pse36", "smep", "spec_ctrl", "ssbd", "tsc_adjust", "tsc_deadline_timer", "umip", "vme"),
+    *("x2apic", "xgetbv1"),
+}
 
 # An instruction of each, and one that raises nothing: RSI points to 64-byte aligned memory.
 SAMPLES = {
