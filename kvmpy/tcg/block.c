@@ -22,6 +22,7 @@
  * the loop with RIP there. Memory of dead blocks comes back when the cache is full and emptied as a whole.
  */
 #include "core.h"
+#include "jit.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -65,6 +66,7 @@ bool block_init(struct cpu *c)
         return false;
     }
     c->cache->arena = arena;
+    jit_init(c);
     return true;
 }
 
@@ -72,6 +74,7 @@ void block_free(struct cpu *c)
 {
     if (!c->cache)
         return;
+    jit_free(c);
     munmap(c->cache->arena, ARENA_SIZE);
     free(c->cache);
     c->cache = NULL;
@@ -85,6 +88,7 @@ void cpu_flush_code(struct cpu *c)
     memset(k->jump, 0, sizeof k->jump);
     k->used = 0;
     c->link = NULL;
+    jit_flush(c);
 }
 
 static struct link *link_of(struct block *b) { return b->nlinks ? (struct link *)&b->uops[b->nuop] : NULL; }
@@ -260,6 +264,7 @@ again:
         u += 2;
     }
     k->used += (size_t)((uint8_t *)u - (uint8_t *)b + 63) & ~63ull;
+    jit_new_block(c, b);
     unsigned h = hash_of(host, mode);
     b->hash_next = k->hash[h];
     k->hash[h] = b;
@@ -279,6 +284,8 @@ struct block *block_find(struct cpu *c, uint32_t mode)
 {
     struct block_cache *k = c->cache;
     uint64_t lin = c->rip;
+    if (unlikely(jit_is_full(c)))
+        cpu_flush_code(c);
     struct jump *j = &k->jump[(c->rip ^ c->rip >> JUMP_BITS) & ((1 << JUMP_BITS) - 1)];
     if (!(mode & MODE_CODE64))
         lin = (uint32_t)(lin + c->segbase[SEG_CS]);
@@ -375,6 +382,8 @@ static void kill(struct cpu *c, struct block *b)
     }
     if (c->link && c->link->from == b)
         c->link = NULL;
+    if (b->host_code)
+        jit_kill(c, b);
     for (unsigned i = 0; i < b->nuop; i++)
         if (b->uops[i].fn != op_fall)
             b->uops[i].fn = op_resync;

@@ -81,6 +81,16 @@ static inline void cpu_rf_loaded(struct cpu *c)
         c->sysflags &= ~(uint32_t)FL_RF;
 }
 
+/* The block ends before `next`. Host code counts otherwise: its micro-ops are not in c->block. */
+static inline void give_back_budget(struct cpu *c, const struct uop *next)
+{
+    if (!c->block || next < c->block->uops || next >= c->block->uops + c->block->nuop)
+        return;
+    int64_t done = next - c->block->uops;
+    if (done < c->block->ninsn)
+        c->budget += c->block->ninsn - done;
+}
+
 /* excp.c */
 void deliver_exception(struct cpu *c); /* c->exc at c->rip */
 void deliver_interrupt(struct cpu *c, unsigned vector, bool soft, bool nmi);

@@ -150,6 +150,7 @@ struct uop;
 struct link;
 struct block_cache;
 struct tcg_vm_core;
+struct jit;
 
 /* ---- why cpu_run() came back ---- */
 enum tcg_stop {
@@ -285,6 +286,13 @@ struct cpu {
     bool walks_huge;       /* a 1 GiB page may have several walk starts */
     jmp_buf escape;        /* out of a handler, to cpu_run's loop */
     const struct uop *cur; /* the instruction that faulted */
+    struct {               /* jit.h */
+        struct jit *state;      /* NULL: there is none */
+        uint64_t page;          /* linear address of the page that host code runs in */
+        uint64_t context, serial; /* what the present mode and address translations are called */
+        bool stop;              /* the running code has been forgotten */
+        bool once;              /* the next block is the interpreter's */
+    } jit;
 
     struct { const struct uop *u; uint8_t mmu; } edge; /* ea.c: who came near a segment's limit; c->tlb before that */
     struct pcid_bags *pcid_bags; /* pcid.c: TLB entries of other address spaces */

@@ -29,8 +29,6 @@ OP_DECL(ripbase);
 OP_DECL(jcc_o16);
 OP_DECL(jmp_o16);
 
-enum { SZ_NONE, SZ_B, SZ_W, SZ_D, SZ_Q, SZ_V, SZ_Y, SZ_Z, SZ_X, SZ_UB };
-
 struct state {
     const uint8_t *p;
     unsigned pos, avail, off;
@@ -325,6 +323,7 @@ enum decode_result decode_insn(const uint8_t *p, unsigned avail, uint32_t mode, 
     unsigned gsize = osize; /* of the sized operand */
     bool branch = false, used_vvvv = false;
     int64_t rel = 0;
+    unsigned tail = s.pos;
     for (unsigned i = 0; i < 4 && r->operand[i]; i++) {
         unsigned kind = r->operand[i] & 0xff, size = r->operand[i] >> 8;
         bool b8 = size == SZ_B;
@@ -453,6 +452,8 @@ enum decode_result decode_insn(const uint8_t *p, unsigned avail, uint32_t mode, 
     u->off = (uint8_t)off;
     u->row = (uint16_t)(r - oprows);
     out->row = r;
+    out->enc = (struct encoding){.map = (uint8_t)map, .opcode = opcode, .modrm = s.modrm, .osize = (uint8_t)(osize / 8),
+                                 .imm = (uint8_t)(s.pos - tail), .l = s.l, .vex = s.vex, .w = s.w, .lock = s.lock, .mem = s.mem};
     if (branch) {
         u->imm = (uint64_t)((int64_t)off + s.pos + rel);
         bool jcc = (map == 0 && (opcode & 0xf0) == 0x70) || (map == 1 && (opcode & 0xf0) == 0x80);

@@ -20,10 +20,24 @@ struct oprow {
     uint8_t written, read;
     uint16_t pool;
     uint32_t attrs;
+    uint8_t jit; /* JIT_*: how host code is made of it */
+    uint8_t vec_size, vec; /* JIT_VEC: bytes of memory, or VEC_FULL...; VEC_* */
 };
+enum { SZ_NONE, SZ_B, SZ_W, SZ_D, SZ_Q, SZ_V, SZ_Y, SZ_Z, SZ_X, SZ_UB }; /* of an operand; in the order of SIZES in optable.py */
 #define OPK(kind, size) ((kind) | (size) << 8)
 
 enum decode_result { DECODE_OK, DECODE_MORE }; /* MORE: `avail` bytes are not enough */
+
+enum { VEC_FULL = 32, VEC_HALF, VEC_QUARTER, VEC_EIGHTH, VEC_BY_W };
+enum { VEC_ALIGNED = 1, VEC_FRESH = 2, VEC_FRESH_LOAD = 4, VEC_READS = 8, VEC_FP = 16, VEC_COMPARE = 32, VEC_XMM0 = 64 };
+
+struct encoding { /* how it was written: for the JIT, which writes it again for the host */
+    uint8_t map, opcode, modrm;
+    uint8_t osize; /* operand size in bytes: 2, 4, 8 */
+    uint8_t imm;   /* bytes of immediates and targets at its end */
+    uint8_t l;
+    bool vex, w, lock, mem;
+};
 
 struct decoded {
     struct uop uop;
@@ -33,6 +47,7 @@ struct decoded {
     uint8_t flags_written, flags_read;
     uint8_t links;            /* records to leave behind the terminator */
     uint8_t cond;             /* of a Jcc, else 0xff */
+    struct encoding enc;
     bool has_prefix, end, barrier; /* barrier: may fault or exit, so flags must be right when it begins */
 };
 

@@ -16,6 +16,7 @@
  */
 #include "core.h"
 #include "fphost.h"
+#include "jit.h"
 
 #include <errno.h>
 #include <linux/kvm.h>
@@ -112,6 +113,8 @@ void cpu_update_mode(struct cpu *c)
         m |= MODE_AVX;
     if (c->cpl <= iopl)
         m |= MODE_IOPL;
+    if (c->cr4 & CR4_LA57)
+        m |= MODE_LA57;
     c->mode = m;
     c->ipmask = is64 ? ~0ull : m & MODE_CODE32 ? 0xffffffff : 0xffff;
     c->stack_mask = is64 ? ~0ull : m & MODE_STACK32 ? 0xffffffff : 0xffff;
@@ -122,6 +125,7 @@ void cpu_update_mode(struct cpu *c)
     bool ac = c->sysflags & FL_AC;
     c->tlb = &c->tlbs[c->cpl == 3 ? (ac && (c->cr0 & CR0_AM) ? MMU_USER_AC : MMU_USER) : ac ? MMU_KERNEL_AC : MMU_KERNEL];
     c->xtlb = &c->tlbs[c->cpl == 3 ? MMU_USER : MMU_KERNEL];
+    jit_update_context(c);
 }
 
 void cpu_update(struct cpu *c)
@@ -143,20 +147,12 @@ void cpu_set_segbase(struct cpu *c, int seg, uint64_t base)
 
 /* ---- ways out of a handler ---- */
 
-static void give_back_budget(struct cpu *c, const struct uop *u)
-{
-    if (u && c->block) {
-        int64_t done = u - c->block->uops;
-        if (done < c->block->ninsn)
-            c->budget += c->block->ninsn - done;
-    }
-}
-
 _Noreturn void cpu_stop(struct cpu *c, const struct uop *u, enum tcg_stop stop)
 {
     if (u)
         c->rip = RIP_OF(c, u);
-    give_back_budget(c, u);
+    if (u)
+        give_back_budget(c, u);
     c->stop = stop;
     longjmp(c->escape, ESCAPE_STOP);
 }
@@ -165,7 +161,8 @@ _Noreturn void cpu_fault_full(struct cpu *c, const struct uop *u, unsigned vecto
 {
     if (u)
         c->rip = RIP_OF(c, u);
-    give_back_budget(c, u);
+    if (u)
+        give_back_budget(c, u);
     if (unlikely(c->assist_left) && vector == EXC_UD) {
         c->stop = TCG_STOP_HANDBACK; /* the other processor may know more instructions */
         longjmp(c->escape, ESCAPE_STOP);

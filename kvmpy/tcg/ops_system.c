@@ -222,7 +222,7 @@ OP(sti)
         NEXT;
     c->shadow = SHADOW_STI;
     cpu_request(c, CPU_REQ_STEP | CPU_REQ_LINES);
-    c->budget += c->block->ninsn - (u + 1 - c->block->uops);
+    give_back_budget(c, u + 1);
     LEAVE_AFTER;
 }
 OP(hlt)

@@ -40,7 +40,7 @@ flags       w=written and defined, u=written but undefined, r=read, of o s z a p
 attributes  words: gates (lower-case CPUID feature names of FEATURES; class x87 mmx sse avx for the CR0/CR4
             checks) and
             i64 o64 d64 f64 lock nf end link1 link2 fault priv pe rep nop0 imm2 rdi (memory at
-            DS:rDI beside the operands) sz=16,32 jit=CLASS undoc
+            DS:rDI beside the operands) sz=16,32 jit=CLASS vec=SIZE... undoc
 """
 
 from __future__ import annotations
@@ -124,6 +124,26 @@ CLASSES = ("x87", "mmxclass", "sseclass", "avxclass")
 ATTRIBUTES = (
     "i64 o64 d64 f64 lock nf end link1 link2 fault priv pe rep nop0 imm2 rdi undoc vexint " + " ".join(CLASSES)
 ).split()
+# How the JIT makes host code of a row (jit_insn.c, jit_block.c); none: it calls the interpreter's handler.
+#   copy     the same opcode on host registers; a memory operand in first place is read and written,
+#            copyr: only read, copyw: only written; elsewhere it is read
+#   fixed    the same opcode, operands are implied
+JIT_CLASSES = (
+    *("none", "copy", "copyr", "copyw", "fixed", "lea", "push", "pop", "leave", "nop", "xchgax", "div", "bitreg"),
+    *("jcc", "jmp", "call", "jmpind", "callind", "ret", "loop", "vec", "vzeroupper"),
+)
+# vec=SIZE and letters, for rows with jit=vec. SIZE: bytes of the memory operand; x all of the vector, h q e a half, a
+# quarter, an eighth of it; y by REX.W.
+VEC_SIZES = {"1": 1, "2": 2, "4": 4, "8": 8, "16": 16, "x": 32, "h": 33, "q": 34, "e": 35, "y": 36}
+VEC_LETTERS = {
+    "a": 1,  # in memory it must be aligned
+    "n": 2,  # the destination is not read
+    "m": 4,  # nor is it when the source is memory
+    "r": 8,  # a VEX form that reads its destination
+    "f": 16,  # may raise floating-point exceptions
+    "c": 32,  # makes flags or a general register only: the first operand is a source
+    "0": 64,  # reads XMM0
+}
 MAPS = {"": 0, "0F": 1, "0F38": 2, "0F3A": 3}
 PREFIXES = {"": 0, "NP": 1, "66": 2, "F3": 3, "F2": 4}
 KINDS = "EGRMZBIJOASCDTVWUHLPQNX"
@@ -157,6 +177,7 @@ class Row:
     features: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
     jit: str = "none"
+    vec: tuple[int, int] = (0, 0)  # codes of VEC_SIZES and VEC_LETTERS
     source: str = field(default="", compare=False)
 
     @property
@@ -223,13 +244,20 @@ def _parse(line: str, source: str) -> list[Row]:
         if word != "-":
             key, value = word.split("=")
             fl[key] = value
-    attrs, feats, jit = set(), [], "none"
+    attrs, feats, jit, vec = set(), [], "none", (0, 0)
     sizes: tuple[int, ...] = ()
     for word in attributes.split():
         if word.startswith("sz="):
             sizes = tuple(int(s) for s in word[3:].split(","))
         elif word.startswith("jit="):
             jit = word[4:]
+            if jit not in JIT_CLASSES:
+                raise ValueError(f"unknown jit class {jit!r}")
+        elif word.startswith("vec="):
+            found = re.fullmatch(r"vec=(\d+|[xhqey])(\D*0?)", word)
+            if not found:
+                raise ValueError(f"bad {word!r}")
+            vec = VEC_SIZES[found[1]], sum(VEC_LETTERS[letter] for letter in found[2])
         elif word in ATTRIBUTES:
             attrs.add(word)
         elif word in FEATURES:
@@ -247,7 +275,7 @@ def _parse(line: str, source: str) -> list[Row]:
                 read = {0: "o", 1: "c", 2: "z", 3: "cz", 4: "s", 5: "p", 6: "so", 7: "zso"}[n >> 1]
             rows.append(
                 Row(encoding, name, vex, MAPS[opmap], PREFIXES[prefix], opcode + n, digit, mod, rm, w, length, modrm,
-                    ops, name, fl["w"], fl["u"], read, frozenset(attrs), tuple(feats), sizes, jit, source)
+                    ops, name, fl["w"], fl["u"], read, frozenset(attrs), tuple(feats), sizes, jit, vec, source)
             )  # fmt: skip
     return rows
 
@@ -365,6 +393,7 @@ def generate(rows: list[Row]) -> tuple[str, str]:
         fields = [f'"{row.mnemonic}"', row.prefix, row.digit, mod, row.rm, row.w, row.length, int(row.modrm), size]
         fields += ["{" + ", ".join(kinds) + "}", "{" + ", ".join(map(str, feats[:3])) + "}"]
         fields += [_flag_mask(row.written) | _flag_mask(row.undefined), _flag_mask(row.read), pool[flat], attrs]
+        fields += [f"JIT_{row.jit.upper()}", *row.vec]
         bodies.append("    {" + ", ".join(map(str, fields)) + "},")
     header = [
         "/* SPDX-License-Identifier: Apache-2.0 */",
@@ -377,6 +406,7 @@ def generate(rows: list[Row]) -> tuple[str, str]:
     header.append("enum { " + ", ".join(f"FEAT_{f.upper()}" for f in FEATURES) + ", FEAT_COUNT };")
     header.append("enum { " + ", ".join(f"OPA_{a.upper()} = 1 << {i}" for i, a in enumerate(ATTRIBUTES)) + " };")
     header.append("enum { " + ", ".join(f"FLAG_{f.upper()} = {1 << i}" for i, f in enumerate(FLAGS)) + " };")
+    header.append("enum { " + ", ".join(f"JIT_{j.upper()}" for j in JIT_CLASSES) + " };")
     header.append(f"#define OPROW_COUNT {len(rows)}")
     for name in decls:
         header.append(f"OP_DECL({name[3:]});")

@@ -13,6 +13,7 @@
  * Global entries live on over MOV CR3: `local` is a bitmap of the others, so that a flush visits only used entries.
  * One large page is many entries: `large` is a bitmap of such, and INVLPG inside their range looks for its parts there.
  */
+#include "jit.h"
 #include "mmu.h"
 
 static void not_canonical(struct cpu *c, const struct uop *u, int stack)
@@ -138,6 +139,7 @@ void cpu_flush_tlb(struct cpu *c)
     c->stat.flushes++;
     for (unsigned m = 0; m < MMU_COUNT; m++)
         flush(&c->tlbs[m], true);
+    jit_forget_addresses(c, true);
     pcid_forget_all(c);
     memset(c->pt_cache, 0, sizeof c->pt_cache);
     walks_forget(c, true);
@@ -148,6 +150,7 @@ void mmu_flush_local(struct cpu *c)
     c->stat.flushes++;
     for (unsigned m = 0; m < MMU_COUNT; m++)
         flush(&c->tlbs[m], false);
+    jit_forget_addresses(c, false);
     walks_forget(c, false);
 }
 
@@ -156,11 +159,14 @@ void mmu_invlpg(struct cpu *c, uint64_t lin)
     lin = long_mode(c) ? lin : (uint32_t)lin;
     for (unsigned m = 0; m < MMU_COUNT; m++) {
         struct tlb *t = &c->tlbs[m];
-        if (lin >= t->large_lo && lin <= t->large_hi)
+        if (lin >= t->large_lo && lin <= t->large_hi) {
             drop_large(t, lin);
+            jit_forget_addresses(c, true);
+        }
         drop(t, lin >> 12 & (TLB_SIZE - 1));
     }
     walks_invlpg(c, lin);
+    jit_forget_page(c, lin);
 }
 
 void mmu_protect_code(struct cpu *c, uint64_t gpa)

@@ -67,6 +67,7 @@ enum {
     MODE_SSE = 1 << 12,    /* CR4.OSFXSR */
     MODE_AVX = 1 << 13,    /* CR4.OSXSAVE and XCR0 has SSE and AVX */
     MODE_STEP = 1 << 14,   /* blocks of one instruction (not in cpu.mode: the loop adds it) */
+    MODE_LA57 = 1 << 20,   /* what is canonical */
     MODE_IOPL = 1 << 15,   /* CPL <= IOPL: CLI, STI, IN... need no further check */
 };
 
@@ -78,6 +79,7 @@ struct link { /* takes the place of a micro-op behind a terminator */
 };
 _Static_assert(sizeof(struct link) == 32, "a link takes the place of a micro-op");
 
+struct jit_block;
 struct block {
     uint8_t *host;       /* first byte in host memory: together with `mode` the key */
     uint64_t gpa;
@@ -88,7 +90,8 @@ struct block {
     bool dead;           /* forgotten; memory goes back at the next flush */
     uint8_t nlinks;
     uint32_t count;      /* executions, for the JIT's threshold */
-    void *host_code;     /* JIT */
+    struct jit_block *host_code; /* NULL: none */
+    uop_fn first;        /* handler of the first micro-op, where the JIT has put its own */
     struct block *hash_next, *page_next, *page_next2;
     struct link *incoming;
     struct uop uops[];

@@ -1,0 +1,354 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Entering and leaving host code, linking blocks, forgetting them. See jit.h.
+ *
+ * Everything here runs on the vCPU's own thread, and so does the code: links are patched without ceremony.
+ *
+ * Contexts: a number per mode, until the softTLB of that mode is flushed; then the mode gets a new one. What was proved
+ * under a context ("RIP leads to this host page") holds as long as the number: an evicted TLB entry changes nothing,
+ * for a processor may keep a translation until it is told. MOV CR3 leaves the kernel's number alone as long as only
+ * global pages were proved for it; INVLPG changes them only when the page may be among those proved (a small filter).
+ */
+#include "jit_code.h"
+
+#if HAVE_JIT
+#include <stdlib.h>
+
+#include "fphost.h"
+
+#define THRESHOLD 24
+
+OP_DECL(jit_count);
+OP_DECL(jit_enter);
+
+static uint64_t host_features(unsigned word)
+{
+    uint64_t bits = 0;
+    __builtin_cpu_init();
+    for (unsigned f = word * 64; f < FEAT_COUNT && f < word * 64 + 64; f++) {
+        bool has = f == FEAT_POPCNT  ? __builtin_cpu_supports("popcnt")
+                   : f == FEAT_BMI1  ? __builtin_cpu_supports("bmi")
+                   : f == FEAT_BMI2  ? __builtin_cpu_supports("bmi2")
+                   : f == FEAT_LZCNT ? __builtin_cpu_supports("lzcnt")
+                   : f == FEAT_SSE42 ? __builtin_cpu_supports("sse4.2")
+                   : f == FEAT_MOVBE || f == FEAT_ADX ? false
+                                     : fp_host_has(f);
+        bits |= (uint64_t)has << (f & 63);
+    }
+    return bits;
+}
+
+static unsigned switched_off(const char *words)
+{
+    static const struct { const char *name; unsigned bit; } names[] = {
+        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS},
+    };
+    unsigned bits = 0;
+    for (unsigned i = 0; words && i < sizeof names / sizeof names[0]; i++)
+        if (strstr(words, names[i].name))
+            bits |= names[i].bit;
+    return bits;
+}
+
+void jit_init(struct cpu *c)
+{
+    const char *kind = getenv("KVMPY_TCG"), *threshold = getenv("KVMPY_JIT_THRESHOLD");
+    if (!kind || strcmp(kind, "jit"))
+        return;
+    struct jit *j = calloc(1, sizeof *j);
+    if (!j)
+        return;
+    j->target = calloc(1u << TARGET_BITS, sizeof *j->target);
+    if (!j->target || !jit_map(c, j)) {
+        free(j->target);
+        free(j);
+        return;
+    }
+    j->threshold = threshold ? (unsigned)strtoul(threshold, NULL, 0) : THRESHOLD;
+    j->off = switched_off(getenv("KVMPY_JIT"));
+    j->host_features[0] = host_features(0);
+    j->host_features[1] = host_features(1);
+    j->nowhere.gpa2 = ~0ull;
+    jit_thunks(c, j);
+    c->jit.state = j;
+    jit_flush(c);
+    jit_forget_addresses(c, true);
+}
+
+void jit_free(struct cpu *c)
+{
+    struct jit *j = c->jit.state;
+    if (!j)
+        return;
+    jit_unmap(j);
+    free(j->target);
+    free(j);
+    c->jit.state = NULL;
+}
+
+bool jit_is_full(const struct cpu *c) { return c->jit.state && c->jit.state->full; }
+
+/* ---- contexts ---- */
+
+static void forget_all_targets(struct jit *j)
+{
+    for (unsigned i = 0; i < 1u << TARGET_BITS; i++)
+        j->target[i] = (struct target){.key = i};
+}
+
+/* An identity stands where a RIP of that place in the table says nothing: in its low bits, which are the index, and at
+ * the top, where a canonical address has all zeros or all ones. The low part is never 0, so the index itself is no key. */
+#define LOW_IDS ((1u << TARGET_BITS) - 1)
+#define IDS (LOW_IDS << 6)
+
+static void set_context(struct cpu *c, uint64_t serial)
+{
+    c->jit.serial = serial;
+    c->jit.context = (serial % IDS % LOW_IDS + 1) | (serial % IDS / LOW_IDS) << 57;
+}
+
+void jit_update_context(struct cpu *c)
+{
+    struct jit *j = c->jit.state;
+    if (!j)
+        return;
+    unsigned slot = MAX_CONTEXTS;
+    for (unsigned i = 0; i < MAX_CONTEXTS; i++) {
+        if (j->contexts[i].serial && j->contexts[i].mode == c->mode) {
+            set_context(c, j->contexts[i].serial);
+            return;
+        }
+        if (!j->contexts[i].serial)
+            slot = i;
+    }
+    if (++j->last_serial % IDS == 0) { /* identities come round again */
+        forget_all_targets(j);
+        memset(j->contexts, 0, sizeof j->contexts);
+    }
+    if (slot == MAX_CONTEXTS)
+        slot = j->next_victim++ % MAX_CONTEXTS;
+    j->contexts[slot].mode = c->mode;
+    j->contexts[slot].serial = j->last_serial;
+    set_context(c, j->last_serial);
+}
+
+void jit_forget_addresses(struct cpu *c, bool global_too)
+{
+    struct jit *j = c->jit.state;
+    if (!j)
+        return;
+    global_too = global_too || j->kernel_local;
+    for (unsigned i = 0; i < MAX_CONTEXTS; i++)
+        if (global_too || (j->contexts[i].mode & MODE_USER))
+            j->contexts[i].serial = 0;
+    if (global_too) {
+        j->kernel_local = false;
+        memset(j->pages, 0, sizeof j->pages);
+    }
+    jit_update_context(c);
+}
+
+static unsigned page_bit(uint64_t lin) { return (unsigned)((lin >> 12) * 0x9e3779b97f4a7c15ull >> 52); }
+
+void jit_forget_page(struct cpu *c, uint64_t lin)
+{
+    struct jit *j = c->jit.state;
+    if (!j)
+        return;
+    unsigned bit = page_bit(lin);
+    if (j->pages[bit / 64] >> (bit % 64) & 1)
+        jit_forget_addresses(c, true);
+}
+
+/* `lin` is about to be proved: what changes its translation must change the context. */
+static void proving(struct cpu *c, uint64_t lin)
+{
+    struct jit *j = c->jit.state;
+    unsigned bit = page_bit(lin), i = lin >> 12 & (TLB_SIZE - 1);
+    j->pages[bit / 64] |= 1ull << (bit % 64);
+    if (!(c->mode & MODE_USER) && (c->xtlb->e[i].ex != (lin & PAGE_MASK_4K) || c->xtlb->local[i / 64] >> (i % 64) & 1))
+        j->kernel_local = true;
+}
+
+/* ---- links ---- */
+
+static void unlink_from(struct jit *j, struct jit_link *l)
+{
+    if (l->near_site)
+        set_target(l->near_site, j->run - j->write, l->near_stub);
+    if (l->far_site)
+        set_target(l->far_site, j->run - j->write, l->far_stub);
+    l->serial = 0;
+    l->to = NULL;
+}
+
+static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to, uint64_t rip)
+{
+    struct jit *j = c->jit.state;
+    if (j->off & JIT_NO_CHAIN || l->from->block->dead || to->block->dead || l->from->block->mode != to->block->mode)
+        return;
+    if (!l->leaves_page && l->from->block->gpa >> 12 != to->block->gpa >> 12)
+        return; /* the page was remapped between leaving and coming back */
+    if (l->leaves_page) {
+        proving(c, rip);
+        l->serial = c->jit.serial;
+    }
+    if (l->to == to)
+        return;
+    if (l->to) {
+        for (struct jit_link **p = &l->to->incoming; *p; p = &(*p)->next)
+            if (*p == l) {
+                *p = l->next;
+                break;
+            }
+    }
+    l->to = to;
+    l->next = to->incoming;
+    to->incoming = l;
+    if (l->near_site && (l->saved || !to->flags_in))
+        set_target(l->near_site, j->run - j->write, to->entry);
+    else if (l->near_site)
+        set_target(l->near_site, j->run - j->write, l->near_stub);
+    if (l->far_site)
+        set_target(l->far_site, j->run - j->write, to->entry);
+    j->stat.links++;
+}
+
+static void know_target(struct cpu *c, struct jit_block *jb, uint64_t rip)
+{
+    struct jit *j = c->jit.state;
+    struct target *t = &j->target[rip & ((1u << TARGET_BITS) - 1)];
+    uint64_t key = rip ^ c->jit.context;
+    if ((t->key == key && t->block == jb) || j->off & JIT_NO_INDIRECT)
+        return;
+    proving(c, rip);
+    *t = (struct target){key, jb->entry, rip & PAGE_MASK_4K, jb};
+    jb->cached_often |= jb->cached && jb->cached != t;
+    jb->cached = t;
+}
+
+/* ---- forgetting ---- */
+
+static void forget_target(struct target *t, uint64_t index, const struct jit_block *jb)
+{
+    if (t->block == jb)
+        *t = (struct target){.key = index};
+}
+
+void jit_kill(struct cpu *c, struct block *b)
+{
+    struct jit *j = c->jit.state;
+    struct jit_block *jb = b->host_code;
+    if (!j || !jb)
+        return;
+    while (jb->incoming) {
+        struct jit_link *l = jb->incoming;
+        jb->incoming = l->next;
+        unlink_from(j, l);
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        struct jit_link *l = &jb->link[i];
+        if (!l->to)
+            continue;
+        for (struct jit_link **p = &l->to->incoming; *p; p = &(*p)->next)
+            if (*p == l) {
+                *p = l->next;
+                break;
+            }
+        unlink_from(j, l);
+    }
+    if (jb->cached_often)
+        for (unsigned i = 0; i < 1u << TARGET_BITS; i++)
+            forget_target(&j->target[i], i, jb);
+    else if (jb->cached)
+        forget_target(jb->cached, (uint64_t)(jb->cached - j->target), jb);
+    b->host_code = NULL;
+    c->jit.stop = true;
+}
+
+void jit_flush(struct cpu *c)
+{
+    struct jit *j = c->jit.state;
+    if (!j)
+        return;
+    forget_all_targets(j);
+    j->hot = j->first_hot;
+    j->cold = j->first_cold;
+    j->used = 0;
+    j->data_target = jit_data(j, sizeof *j->data_target);
+    *j->data_target = j->target;
+    j->full = false;
+    j->pending = NULL;
+    c->jit.stop = true;
+}
+
+/* ---- running ---- */
+
+void jit_new_block(struct cpu *c, struct block *b)
+{
+    b->first = b->uops[0].fn;
+    if (!c->jit.state || b->host2 || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
+        return;
+    b->uops[0].fn = op_jit_count;
+}
+
+OP(jit_back) { return u; }
+
+OP(jit_count)
+{
+    struct block *b = c->block;
+    struct jit *j = c->jit.state;
+    if (b->count++ < j->threshold || c->assist_left || (c->vm && c->vm->deterministic))
+        return b->first(c, u);
+    if (jit_compile(c, b)) {
+        b->uops[0].fn = op_jit_enter;
+        return op_jit_enter(c, u);
+    }
+    if (j->full) { /* the loop empties the cache before it looks for the next block */
+        c->budget += b->ninsn;
+        c->rip = c->bip;
+        return NULL;
+    }
+    b->uops[0].fn = b->first;
+    return b->first(c, u);
+}
+
+OP(jit_enter)
+{
+    struct block *b = c->block;
+    struct jit *j = c->jit.state;
+    struct jit_block *jb = b->host_code;
+    if (unlikely(c->jit.once) || unlikely(c->assist_left) || unlikely(c->deadline != ~0ull)) {
+        c->jit.once = false;
+        return b->first(c, u);
+    }
+    c->budget += b->ninsn;
+    uint64_t rip = c->bip;
+    c->jit.stop = false;
+    for (;;) {
+        if (j->pending && j->pending_rip == rip)
+            connect_link(c, j->pending, jb, rip);
+        j->pending = NULL;
+        know_target(c, jb, rip);
+        c->jit.page = rip & PAGE_MASK_4K;
+        c->block = &j->nowhere;
+        struct jit_link *l = (struct jit_link *)(uintptr_t)j->enter(jb->entry);
+        c->block = NULL;
+        if (l) {
+            c->rip = c->jit.page + (int64_t)l->delta;
+            if (!c->jit.stop) {
+                j->pending = l;
+                j->pending_rip = c->rip;
+            }
+        }
+        if (unlikely(atomic_load_explicit(&c->request, memory_order_relaxed)) || unlikely(c->budget <= 0) || unlikely(c->jit.once))
+            return NULL;
+        b = block_peek(c);
+        if (!b || !b->host_code)
+            return NULL;
+        jb = b->host_code;
+        rip = c->rip;
+        c->jit.stop = false;
+    }
+}
+#endif

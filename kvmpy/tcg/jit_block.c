@@ -1,0 +1,461 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Host code of a block: which flags can be seen where, the instructions, the ways out.
+ *
+ * The block's bytes are decoded once more, for the encodings; if that does not give the block's own micro-ops (a store
+ * by another processor is on its way here), there is no host code.
+ *
+ * A way out to a known place is a link. Inside the page it is a jump (`near`) to a stub that saves the flags and jumps
+ * on (`far`) to the exit. Linked to a block that may show the flags it gets, the stub's jump leads there; to one that
+ * overwrites them first, the near jump itself does. Backward jumps look at requests and count down the budget; they
+ * save the flags first. Jumps out of the page prove the translation by the context's serial number.
+ */
+#include "jit_code.h"
+
+#if HAVE_JIT
+#include "optable.h"
+
+#define MAX_INSNS 64
+
+OP_DECL(fall);
+OP_DECL(sti);
+
+OP(jit_push)
+{
+    uint64_t sp = c->gpr[RSP] - 8;
+    ststk64(c, u, sp, c->scratch[1]);
+    c->gpr[RSP] = sp;
+    NEXT;
+}
+OP(jit_top)
+{
+    c->scratch[1] = ldstk64(c, u, c->gpr[RSP]);
+    NEXT;
+}
+OP(jit_load)
+{
+    c->scratch[1] = ld64(c, u, ea(c, u));
+    NEXT;
+}
+
+/* ---- ways out ---- */
+
+void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset)
+{
+    e->leave[e->nleave++] = (struct leave){jcc32(&e->a, cond), offset, e->dirty};
+}
+
+/* To the loop, at a constant RIP. */
+static void leave_at(struct place_of_code *a, struct emit *e, uint32_t offset)
+{
+    mov_load(a, S0, FIELD(e, jit.page));
+    lea(a, true, S0, rm_mem(S0, (int32_t)offset));
+    mov_store(a, FIELD(e, rip), S0);
+    jump_to(a, e->j->exit_rip);
+}
+
+/* CMP request, 0 and SUB budget: where time may pass without end. Gives the two jumps that are taken when there is something. */
+static void poll(struct place_of_code *a, struct emit *e, uint8_t *out[2])
+{
+    put_insn(a, 0, false, 0, 0x83, 7, rm_abs((const void *)&e->c->request), 1);
+    put1(a, 0);
+    out[0] = jcc32(a, COND_NZ);
+    put_insn(a, 0, true, 0, 0x83, 5, FIELD(e, budget), 1);
+    put1(a, e->b->ninsn);
+    out[1] = jcc32(a, COND_S);
+}
+
+static void exit_by(struct place_of_code *a, struct emit *e, const struct jit_link *l)
+{
+    lea(a, true, S0, rm_abs(l));
+    jump_to(a, e->j->exit_link);
+}
+
+/* The way along link n to `target` (an offset from the block's start) at the end of `a`; flags are e->flags. */
+static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t target)
+{
+    struct jit_link *l = &e->jb->link[n];
+    int64_t offset = target + e->start;
+    intptr_t delta = a->delta;
+    l->from = e->jb;
+    l->delta = (int32_t)offset;
+    l->leaves_page = offset < 0 || offset > 4095;
+    bool backward = target <= e->b->bytes, saved = e->flags & IN_CC, cold = a == &e->k;
+    if (l->leaves_page || backward) {
+        uint8_t *out[4];
+        unsigned nout = 0;
+        if (!saved)
+            jit_save_flags(a, e);
+        if (backward) {
+            poll(a, e, out);
+            nout = 2;
+        }
+        if (l->leaves_page) {
+            mov_load(a, S0, FIELD(e, jit.serial));
+            put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->serial), 0);
+            out[nout++] = jcc32(a, COND_NZ);
+            alu_imm(a, true, 0, FIELD(e, jit.page), (int32_t)(offset & ~0xfffll));
+        }
+        l->far_site = jmp32(a);
+        struct place_of_code *k = cold ? a : &e->k;
+        if (l->leaves_page) { /* unlinked: the page is not yet changed in the exits above */
+            l->far_stub = run_address(k);
+            alu_imm(k, true, 0, FIELD(e, jit.page), -(int32_t)(offset & ~0xfffll));
+        } else {
+            l->far_stub = run_address(k);
+        }
+        for (unsigned i = 0; i < nout; i++)
+            set_target(out[i], delta, run_address(k));
+        exit_by(k, e, l);
+        set_target(l->far_site, delta, l->far_stub);
+        return;
+    }
+    l->saved = saved;
+    l->near_site = jmp32(a);
+    l->near_stub = run_address(&e->k);
+    set_target(l->near_site, delta, l->near_stub);
+    if (!saved)
+        jit_save_flags(&e->k, e);
+    l->far_site = jmp32(&e->k);
+    l->far_stub = run_address(&e->k);
+    set_target(l->far_site, delta, l->far_stub);
+    exit_by(&e->k, e, l);
+}
+
+/* A branch on a condition of EFLAGS. */
+static void branch(struct emit *e, unsigned cond, int64_t target, int64_t behind)
+{
+    if (target <= e->b->bytes || target + e->start > 4095) { /* what the taken way needs stands in line when it is a loop */
+        bool loop = target <= e->b->bytes;
+        struct place_of_code *a = loop ? &e->a : &e->k;
+        uint8_t *site = jcc32(&e->a, loop ? cond ^ 1 : cond);
+        if (!loop)
+            set_target(site, e->a.delta, run_address(&e->k));
+        go(e, a, 0, target);
+        if (loop)
+            set_target(site, e->a.delta, run_address(&e->a));
+        go(e, &e->a, 1, behind);
+        return;
+    }
+    /* a near forward branch: the Jcc itself is the link */
+    struct jit_link *l = &e->jb->link[0];
+    l->from = e->jb;
+    l->delta = (int32_t)(target + e->start);
+    l->saved = e->flags & IN_CC;
+    l->near_site = jcc32(&e->a, cond);
+    l->near_stub = run_address(&e->k);
+    set_target(l->near_site, e->a.delta, l->near_stub);
+    if (!(e->flags & IN_CC))
+        jit_save_flags(&e->k, e);
+    l->far_site = jmp32(&e->k);
+    l->far_stub = run_address(&e->k);
+    set_target(l->far_site, e->a.delta, l->far_stub);
+    exit_by(&e->k, e, l);
+    go(e, &e->a, 1, behind);
+}
+
+/* Bits above a canonical address. */
+static unsigned noncanonical(const struct emit *e) { return e->b->mode & MODE_LA57 ? 7 : 16; }
+
+/* S0: where to. Looks it up; `drop`: bytes to take from the stack when it is sure. `again`: offset of the instruction,
+ * for a target that is not canonical: the handler shall fault. */
+static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint32_t again)
+{
+    struct place_of_code *a = &e->a, *k = &e->k;
+    if (e->j->off & JIT_NO_INDIRECT) {
+        if (!canonical_known) {
+            mov_rr(a, S1, S0);
+            shift_imm(a, true, 4, S1, noncanonical(e));
+            shift_imm(a, true, 7, S1, noncanonical(e));
+            put_insn(a, 0, true, 0, 0x3b, S1, rm_reg(S0), 0);
+            jit_leave_if(e, COND_NZ, again);
+        }
+        lea(a, true, GUEST_SP, rm_mem(GUEST_SP, drop));
+        mov_store(a, FIELD(e, rip), S0);
+        jump_to(a, e->j->exit_rip);
+        return;
+    }
+    put_insn(a, 0, false, 0, 0x8b, S1, rm_reg(S0), 0);
+    alu_imm(a, false, 4, rm_reg(S1), (1 << TARGET_BITS) - 1);
+    shift_imm(a, false, 4, S1, 5);
+    put_insn(a, 0, true, 0, 0x03, S1, rm_abs(e->j->data_target), 0);
+    put_insn(a, 0, true, 0, 0x33, S0, FIELD(e, jit.context), 0);
+    put_insn(a, 0, true, 0, 0x3b, S0, rm_mem(S1, offsetof(struct target, key)), 0);
+    uint8_t *miss = jcc32(a, COND_NZ);
+    if (drop)
+        lea(a, true, GUEST_SP, rm_mem(GUEST_SP, drop));
+    mov_load(a, S0, rm_mem(S1, offsetof(struct target, page)));
+    mov_store(a, FIELD(e, jit.page), S0);
+    put_insn(a, 0, false, 0, 0xff, 4, rm_mem(S1, offsetof(struct target, code)), 0);
+    set_target(miss, a->delta, run_address(k));
+    put_insn(k, 0, true, 0, 0x33, S0, FIELD(e, jit.context), 0);
+    if (!canonical_known) {
+        mov_rr(k, S1, S0);
+        shift_imm(k, true, 4, S1, noncanonical(e));
+        shift_imm(k, true, 7, S1, noncanonical(e));
+        put_insn(k, 0, true, 0, 0x3b, S1, rm_reg(S0), 0);
+        e->leave[e->nleave++] = (struct leave){jcc32(k, COND_NZ), again, {0, 0, false}};
+    }
+    if (drop)
+        lea(k, true, GUEST_SP, rm_mem(GUEST_SP, drop));
+    mov_store(k, FIELD(e, rip), S0);
+    jump_to(k, e->j->exit_rip);
+}
+
+/* ---- terminators ---- */
+
+static void poll_or_leave(struct emit *e, uint32_t offset)
+{
+    uint8_t *out[2];
+    if (e->shadow) /* no interrupt right behind STI */
+        return;
+    poll(&e->a, e, out);
+    e->leave[e->nleave++] = (struct leave){out[0], offset, {0, 0, false}};
+    e->leave[e->nleave++] = (struct leave){out[1], offset, {0, 0, false}};
+}
+
+/* Stores the address `behind` (offset in the page) on the stack. */
+static void push_return(struct emit *e, const struct decoded *d, uint32_t behind)
+{
+    struct slow *s = jit_new_slow(e);
+    struct rm m = jit_probe(e, GUEST_SP, -8, 8, true, s);
+    mov_load(&e->a, S1, FIELD(e, jit.page));
+    lea(&e->a, true, S1, rm_mem(S1, (int32_t)behind));
+    mov_store(&e->a, m, S1);
+    lea(&e->a, true, GUEST_SP, rm_mem(GUEST_SP, -8));
+    s->uop = jit_copy_uop(e, d, op_jit_push);
+    s->resume = run_address(&e->a);
+    s->return_offset = behind;
+}
+
+/* Loads the target of an indirect branch into S0. */
+static bool indirect_target(struct emit *e, const struct decoded *d)
+{
+    unsigned guest = d->uop.d / 8;
+    if (d->enc.osize != 8 || d->has_prefix || (d->enc.mem && !jit_can_address(e, d)))
+        return false;
+    jit_need_cc(e);
+    if (!d->enc.mem) {
+        if (homed(guest))
+            mov_load(&e->a, S0, rm_abs(&e->c->gpr[guest]));
+        else
+            mov_rr(&e->a, S0, host_reg(guest));
+        return true;
+    }
+    struct slow *s = jit_new_slow(e);
+    struct rm m = jit_operand(e, d, 8, false, s, false);
+    mov_load(&e->a, S0, m);
+    mov_store(&e->a, FIELD(e, scratch[1]), S0);
+    s->uop = jit_copy_uop(e, d, op_jit_load);
+    s->resume = run_address(&e->a);
+    mov_load(&e->a, S0, FIELD(e, scratch[1]));
+    return true;
+}
+
+static bool terminator(struct emit *e, const struct decoded *d)
+{
+    uint32_t at = e->start + d->uop.off, behind = at + d->uop.len;
+    int64_t target = (int64_t)d->uop.imm, next = d->uop.off + d->uop.len;
+    const struct oprow *r = d->row;
+    jit_flush_vectors(e);
+    switch (r ? r->jit : JIT_NONE) {
+    case JIT_JCC:
+        if (d->cond == 0xff)
+            return false;
+        if (!(e->flags & IN_EFLAGS))
+            jit_restore_flags(&e->a, e, S0);
+        e->flags |= IN_EFLAGS;
+        branch(e, d->cond, target, next);
+        return true;
+    case JIT_JMP:
+        if (d->enc.osize != 8)
+            return false;
+        go(e, &e->a, 0, target);
+        return true;
+    case JIT_CALL:
+        if (d->enc.osize != 8)
+            return false;
+        jit_need_cc(e);
+        push_return(e, d, behind);
+        go(e, &e->a, 0, target);
+        return true;
+    case JIT_JMPIND:
+        if (!indirect_target(e, d))
+            return false;
+        poll_or_leave(e, at);
+        go_indirect(e, 0, false, at);
+        return true;
+    case JIT_CALLIND: {
+        if (!indirect_target(e, d))
+            return false;
+        struct place_of_code *a = &e->a;
+        poll_or_leave(e, at);
+        mov_rr(a, S1, S0);
+        shift_imm(a, true, 4, S1, noncanonical(e));
+        shift_imm(a, true, 7, S1, noncanonical(e));
+        put_insn(a, 0, true, 0, 0x3b, S1, rm_reg(S0), 0);
+        jit_leave_if(e, COND_NZ, at);
+        mov_store(a, FIELD(e, scratch[2]), S0);
+        push_return(e, d, behind);
+        mov_load(a, S0, FIELD(e, scratch[2]));
+        go_indirect(e, 0, true, at);
+        return true;
+    }
+    case JIT_RET: {
+        if (d->enc.osize != 8)
+            return false;
+        jit_need_cc(e);
+        poll_or_leave(e, at);
+        struct slow *s = jit_new_slow(e);
+        struct rm m = jit_probe(e, GUEST_SP, 0, 8, false, s);
+        mov_load(&e->a, S0, m);
+        s->uop = jit_copy_uop(e, d, op_jit_top);
+        uint8_t *over = jmp32(&e->a);
+        s->resume = run_address(&e->a);
+        mov_load(&e->a, S0, FIELD(e, scratch[1]));
+        set_target(over, e->a.delta, run_address(&e->a));
+        go_indirect(e, 8 + (int32_t)(uint16_t)(r->operand[0] ? d->uop.imm : 0), false, at);
+        return true;
+    }
+    default:
+        break;
+    }
+    /* the others set c->rip themselves and go back to the loop; those with links would look for them behind their micro-op */
+    if (r && (r->jit != JIT_NONE || r->attrs & (OPA_LINK1 | OPA_LINK2)))
+        return false;
+    jit_helper(e, d);
+    leave_at(&e->a, e, behind); /* not reached unless the handler says NEXT */
+    return true;
+}
+
+/* ---- the block ---- */
+
+/* decode_insn() gave these micro-ops when the block was made. */
+static bool same_uop(const struct uop *a, const struct uop *b)
+{
+    return !memcmp((const char *)a + sizeof a->fn, (const char *)b + sizeof b->fn, sizeof *a - sizeof a->fn);
+}
+
+static bool decode_again(struct cpu *c, const struct block *b, uint8_t *bytes, struct decoded *d)
+{
+    const struct uop *u = b->uops;
+    unsigned pos = 0;
+    memset(bytes, 0, 16 + b->bytes);
+    for (unsigned i = 0; i < b->bytes; i++)
+        bytes[i] = ((volatile uint8_t *)b->host)[i];
+    for (unsigned i = 0; i < b->ninsn; i++) {
+        if (pos >= b->bytes || decode_insn(bytes + pos, b->bytes - pos, b->mode, c->features, pos, &d[i]) != DECODE_OK)
+            return false;
+        if (d[i].has_prefix && !same_uop(&d[i].prefix, u++))
+            return false;
+        if (!same_uop(&d[i].uop, u++))
+            return false;
+        pos += d[i].uop.len;
+    }
+    return pos == b->bytes;
+}
+
+static void slow_paths(struct emit *e)
+{
+    struct place_of_code *k = &e->k;
+    for (unsigned i = 0; i < e->nslow; i++) {
+        struct slow *s = &e->slow[i];
+        for (unsigned n = 0; n < s->sites; n++)
+            set_target(s->site[n], k->delta, run_address(k));
+        if (s->return_offset) {
+            mov_load(k, S1, FIELD(e, jit.page));
+            lea(k, true, S1, rm_mem(S1, (int32_t)s->return_offset));
+            mov_store(k, FIELD(e, scratch[1]), S1);
+        }
+        jit_spill(k, e, s->spill);
+        lea(k, true, S0, rm_abs(s->uop));
+        call_to(k, e->j->helper);
+        jit_reload(k, e, s->reload);
+        if (s->restore)
+            jit_restore_flags(k, e, S0);
+        jump_to(k, s->resume);
+    }
+    for (unsigned i = 0; i < e->nleave; i++) {
+        set_target(e->leave[i].site, k->delta, run_address(k));
+        jit_spill(k, e, e->leave[i].spill);
+        put_insn(k, 0, false, 0, 0xc6, 0, FIELD(e, jit.once), 1);
+        put1(k, 1);
+        leave_at(k, e, e->leave[i].offset);
+    }
+}
+
+bool jit_compile(struct cpu *c, struct block *b)
+{
+    struct jit *j = c->jit.state;
+    static _Thread_local struct decoded d[MAX_INSNS];
+    static _Thread_local struct emit e;
+    uint8_t bytes[300], observed[MAX_INSNS], live = 0x3f;
+
+    if (j->hot + CODE_SLACK > HOT_SIZE || j->cold + CODE_SLACK > HOT_SIZE + COLD_SIZE || j->used + CODE_SLACK > DATA_SIZE) {
+        j->full = true;
+        return false;
+    }
+    if (b->dead || b->bytes + 16 > sizeof bytes || b->ninsn > MAX_INSNS || !decode_again(c, b, bytes, d))
+        return false;
+    unsigned n = b->ninsn;
+    for (unsigned i = n; i--;) {
+        observed[i] = live; /* after instruction i */
+        bool helper = !d[i].row || d[i].row->jit == JIT_NONE;
+        live = d[i].barrier || helper ? 0x3f : (uint8_t)((live & ~d[i].flags_written) | d[i].flags_read);
+    }
+
+    memset(&e, 0, offsetof(struct emit, slow));
+    e.nslow = e.nleave = e.helpers = 0;
+    size_t used = j->used;
+    e.a = (struct place_of_code){j->write + j->hot, j->run - j->write};
+    e.k = (struct place_of_code){j->write + j->cold, j->run - j->write};
+    e.c = c;
+    e.j = j;
+    e.b = b;
+    e.bytes = bytes;
+    e.start = (uint32_t)(b->gpa & 0xfff);
+    e.flags = IN_CC;
+    e.jb = jit_data(j, sizeof *e.jb);
+    e.jb->block = b;
+    e.jb->entry = run_address(&e.a);
+    e.jb->flags_in = live;
+    bool end = false;
+    unsigned done = 0;
+    for (; done < n && !end; done++) {
+        const struct decoded *i = &d[done];
+        bool sti = i->uop.fn == op_sti;
+        end = i->end || (sti && done + 1 == n); /* STI at the end: its shadow is the interpreter's business */
+        e.shadow = done && d[done - 1].uop.fn == op_sti;
+        if (end && !sti ? terminator(&e, i) : jit_insn(&e, i, observed[done]))
+            continue;
+        if (end && i->row && (sti || i->row->jit != JIT_NONE || i->row->attrs & (OPA_LINK1 | OPA_LINK2))) {
+            if (!done) {
+                j->used = used;
+                return false; /* nothing here for the JIT */
+            }
+            jit_need_cc(&e);
+            jit_flush_vectors(&e);
+            leave_at(&e.a, &e, e.start + i->uop.off);
+            continue;
+        }
+        jit_helper(&e, i);
+    }
+    jit_flush_vectors(&e);
+    if (!end)
+        go(&e, &e.a, 0, b->bytes);
+    if (e.helpers * 2 > n && !(j->off & JIT_ALL)) { /* the interpreter goes from handler to handler faster than that */
+        j->used = used;
+        return false;
+    }
+    slow_paths(&e);
+    e.jb->hot_bytes = (uint32_t)(e.a.p - (j->write + j->hot));
+    e.jb->cold_bytes = (uint32_t)(e.k.p - (j->write + j->cold));
+    j->hot = (size_t)(e.a.p - j->write + 15) & ~15ull;
+    j->cold = (size_t)(e.k.p - j->write + 15) & ~15ull;
+    j->stat.compiled++;
+    j->stat.helper_insns += e.helpers;
+    j->stat.native_insns += n - e.helpers;
+    b->host_code = e.jb;
+    return true;
+}
+#endif

@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the files of the JIT share: its memory, its records, and the state of an emission.
+ */
+#ifndef KVMPY_TCG_JIT_CODE_H
+#define KVMPY_TCG_JIT_CODE_H
+
+#include "jit.h"
+#include "jit_asm.h"
+
+#define HOT_SIZE (16u << 20)  /* code, from the bottom up; behind it as much for what is seldom run */
+#define COLD_SIZE (16u << 20)
+#define DATA_SIZE (24u << 20) /* micro-ops of helper calls, records of links and blocks */
+#define CODE_SLACK (96u << 10) /* more than one block can need */
+#define TARGET_BITS 12
+#define MAX_CONTEXTS 16
+
+/* A host address for an indirect jump: key is RIP ^ context. */
+struct target { uint64_t key; const uint8_t *code; uint64_t page; struct jit_block *block; };
+
+struct jit_block;
+/* One way out of a block. `near`: the jump itself, or a branch to the stub; `far`: the jump at the stub's end. */
+struct jit_link {
+    uint64_t serial;         /* of the context of the proof, for links that leave the page; 0: none */
+    struct jit_block *from, *to;
+    struct jit_link *next;   /* of those that lead to `to` */
+    uint8_t *near_site, *far_site; /* where displacements stand, to write; NULL: there is none */
+    const uint8_t *near_stub, *far_stub; /* where they lead without a link */
+    int32_t delta;           /* target - start of the page that `from` is in */
+    bool leaves_page;
+    bool saved;              /* the flags are in c->cc before the near jump already */
+};
+
+struct jit_block {
+    struct block *block;
+    const uint8_t *entry;
+    uint32_t hot_bytes, cold_bytes;
+    struct jit_link *incoming;
+    struct jit_link link[2];
+    struct target *cached;   /* the entry of the target table that names this block */
+    bool cached_often;       /* more than one does: look through the table */
+    bool flags_in;           /* flags that hold at entry may be seen */
+};
+
+struct jit {
+    uint8_t *write, *run;    /* the two mappings of hot and cold code */
+    uint8_t *data;
+    size_t hot, cold, used;  /* allocated so far */
+    size_t first_hot, first_cold;
+    uint8_t *near_memory;    /* what was reserved: code, then data */
+    bool full;
+    unsigned threshold, off; /* off: JIT_NO_* */
+    uint64_t host_features[2];
+    const uint8_t *(*enter)(const uint8_t *code); /* returns a link or NULL with c->rip set */
+    const uint8_t *helper, *exit_link, *exit_rip; /* thunks */
+    struct jit_link *pending;  /* host code left by it and c->jit.pending_rip is where it leads */
+    uint64_t pending_rip;
+    struct block nowhere;    /* c->block while host code runs */
+    struct target *target;
+    struct target **data_target; /* the same pointer, near the code */
+    struct { uint32_t mode; uint64_t serial; } contexts[MAX_CONTEXTS]; /* serial 0: free */
+    uint64_t last_serial;
+    unsigned next_victim;
+    bool kernel_local;       /* a page that is not global has been proved for the kernel */
+    uint64_t pages[64];      /* filter of pages that have been proved */
+    struct { uint64_t compiled, flushes, links, helper_insns, native_insns; } stat;
+};
+enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */ };
+
+bool jit_map(struct cpu *c, struct jit *j);
+void jit_unmap(struct jit *j);
+void jit_thunks(struct cpu *c, struct jit *j);
+const struct uop *jit_call(struct cpu *c, const struct uop *u); /* the helper thunk's C half */
+bool jit_compile(struct cpu *c, struct block *b);
+OP_DECL(jit_back);
+
+/* ---- emission ---- */
+enum { IN_CC = 1, IN_EFLAGS = 2 };
+#define SLOW_SITES 4
+struct vectors { /* registers of which 16 bytes, and those of which 32 are meant */
+    uint16_t low, full;
+    bool wide;               /* of dirty: upper halves of host registers have been used */
+};
+struct slow { /* out of line: the interpreter does it */
+    uint8_t *site[SLOW_SITES];
+    unsigned sites;
+    const uint8_t *resume;   /* run address */
+    const struct uop *uop;
+    bool restore;            /* EFLAGS are wanted behind it */
+    struct vectors spill, reload;
+    uint32_t return_offset;  /* of a CALL: what its push shall store, from the start of the page; 0: none */
+};
+struct leave { uint8_t *site; uint32_t offset; struct vectors spill; }; /* to the loop, with RIP at this offset in the page */
+
+#define MAX_SLOW 160
+#define MAX_LEAVE 96
+struct emit {
+    struct place_of_code a;  /* hot */
+    struct place_of_code k;  /* cold */
+    struct cpu *c;
+    struct jit *j;
+    struct block *b;
+    const uint8_t *bytes;    /* of the guest's code */
+    struct jit_block *jb;
+    uint32_t start;          /* of the block, in its page */
+    unsigned flags;          /* IN_* */
+    struct slow slow[MAX_SLOW];
+    unsigned nslow;
+    struct leave leave[MAX_LEAVE];
+    unsigned nleave;
+    unsigned helpers;
+    unsigned aligned;        /* of the next probe: 16 or 32; 0: it need not be */
+    struct vectors held, dirty; /* guest vector registers in host registers of the same number; those not yet in c->v */
+    bool masked;             /* MXCSR has been looked at: all exceptions are masked */
+    bool shadow;             /* STI comes before this instruction */
+};
+
+#define FIELD(e, f) rm_abs(&(e)->c->f)
+#define GUEST_SP 15 /* host register of guest RSP */
+#define S0 10       /* scratch */
+#define S1 11
+
+static inline bool homed(unsigned guest) { return guest == R10 || guest == R11 || guest == R15; } /* in struct cpu */
+static inline unsigned host_reg(unsigned guest) { return guest == RSP ? GUEST_SP : guest; }
+
+void *jit_data(struct jit *j, size_t size); /* NULL: full */
+/* jit_insn.c: one instruction that does not end a block. False: it has no emission. observed: flags that may be seen after it */
+bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed);
+void jit_helper(struct emit *e, const struct decoded *d);
+void jit_save_flags(struct place_of_code *a, struct emit *e);
+void jit_restore_flags(struct place_of_code *a, struct emit *e, unsigned tmp);
+/* Micro-op of a slow path or helper call; fn NULL: its own */
+const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn);
+/* Proves an access of `size` bytes at host register `base` + disp and gives the operand. Clobbers S0, S1, EFLAGS. */
+struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s);
+struct rm jit_operand(struct emit *e, const struct decoded *d, unsigned size, bool write, struct slow *s, bool want_s1);
+bool jit_can_address(const struct emit *e, const struct decoded *d);
+struct slow *jit_new_slow(struct emit *e);
+void jit_resume(struct emit *e, const struct decoded *d, struct slow *s); /* its slow path comes back here */
+void jit_need_cc(struct emit *e);
+void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset);
+/* jit_vec.c */
+bool jit_vector(struct emit *e, const struct decoded *d);
+void jit_flush_vectors(struct emit *e);  /* to c->v; none is held afterwards */
+void jit_spill(struct place_of_code *a, struct emit *e, struct vectors v);
+void jit_reload(struct place_of_code *a, struct emit *e, struct vectors v);
+
+#endif

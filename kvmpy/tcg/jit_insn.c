@@ -1,0 +1,519 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Host code of single instructions: mostly the guest's own opcode with other register numbers; a memory operand becomes
+ * a probe of the softTLB and then the same instruction on host memory. What misses the probe, and what has no
+ * emission, calls the interpreter's handler.
+ */
+#include "jit_code.h"
+
+#if HAVE_JIT
+#include "optable.h"
+
+_Static_assert(sizeof(struct tlb_entry) == 32, "the probe computes an entry's place by shifts");
+
+/* ---- flags ---- */
+
+/* LAHF and SETO make c->cc's format. S0 is clobbered, EFLAGS stay. */
+void jit_save_flags(struct place_of_code *a, struct emit *e)
+{
+    mov_rr(a, S0, RAX);
+    put1(a, 0x9f);
+    put_insn(a, 0, false, 1, 0x90, 0, rm_reg(RAX), 0);
+    put_insn(a, P_66, false, 0, 0x89, RAX, rm_abs(&e->c->cc), 0);
+    mov_rr(a, RAX, S0);
+}
+
+void jit_restore_flags(struct place_of_code *a, struct emit *e, unsigned tmp)
+{
+    mov_rr(a, tmp, RAX);
+    put_insn(a, 0, false, 1, 0xb7, RAX, rm_abs(&e->c->cc), 0);
+    put1(a, 0x04); /* ADD AL, 127 makes OF of bit 0 */
+    put1(a, 127);
+    put1(a, 0x9e);
+    mov_rr(a, RAX, tmp);
+}
+
+void jit_need_cc(struct emit *e)
+{
+    if (!(e->flags & IN_CC))
+        jit_save_flags(&e->a, e);
+    e->flags |= IN_CC;
+}
+static void need_eflags(struct emit *e, unsigned tmp)
+{
+    if (!(e->flags & IN_EFLAGS))
+        jit_restore_flags(&e->a, e, tmp);
+    e->flags |= IN_EFLAGS;
+}
+
+/* ---- the interpreter's handlers ---- */
+
+const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn)
+{
+    uint64_t *head = jit_data(e->j, 16 + 3 * sizeof(struct uop));
+    struct uop *u = (struct uop *)(head + 2), *first = u;
+    head[1] = e->start;
+    if (d->has_prefix)
+        *u++ = d->prefix;
+    *u = d->uop;
+    if (fn) {
+        u->fn = fn;
+        u->len = 0; /* only a part of the instruction */
+    }
+    u[1] = (struct uop){.fn = op_jit_back, .off = d->uop.off, .base = REG_ZERO, .index = REG_ZERO};
+    return first;
+}
+
+void jit_helper(struct emit *e, const struct decoded *d)
+{
+    jit_need_cc(e);
+    jit_flush_vectors(e);
+    e->masked = false;
+    const struct uop *u = jit_copy_uop(e, d, NULL);
+    lea(&e->a, true, S0, rm_abs(u));
+    call_to(&e->a, e->j->helper);
+    e->flags = IN_CC;
+    e->helpers++;
+}
+
+struct slow *jit_new_slow(struct emit *e)
+{
+    struct slow *s = &e->slow[e->nslow++];
+    memset(s, 0, sizeof *s);
+    s->spill = e->dirty;
+    return s;
+}
+
+static void slow_if(struct emit *e, struct slow *s, unsigned cond) { s->site[s->sites++] = jcc32(&e->a, cond); }
+
+/* The slow path of an instruction ends here. */
+void jit_resume(struct emit *e, const struct decoded *d, struct slow *s)
+{
+    s->uop = jit_copy_uop(e, d, NULL);
+    s->resume = run_address(&e->a);
+    s->restore = e->flags & IN_EFLAGS;
+    s->reload = e->held;
+}
+
+/* ---- memory operands ---- */
+
+static unsigned guest_of(uint8_t offset) { return offset / 8; }
+
+/* Neither base nor index in memory, no segment, no 32-bit wrap: one addressing mode says it. */
+static bool plain(const struct uop *u)
+{
+    if (u->aflags || u->base == REG_BIP)
+        return false;
+    return (u->base == REG_ZERO || !homed(guest_of(u->base))) && (u->index == REG_ZERO || !homed(guest_of(u->index)));
+}
+
+bool jit_can_address(const struct emit *e, const struct decoded *d)
+{
+    const struct uop *u = &d->uop;
+    int64_t disp = (int64_t)u->disp + (u->base == REG_BIP ? e->start : 0);
+    if (d->has_prefix || u->aflags & (EA_CHECK | EA_A16) || u->base == REG_SCRATCH || disp > 0x7fffff00 || disp < -0x7fffff00)
+        return false;
+    if (u->base == REG_BIP)
+        return u->index == REG_ZERO && !(u->aflags & EA_A32);
+    return true;
+}
+
+/* One half of an address into a register: from where it lives, or where it is. */
+static unsigned half(struct emit *e, uint8_t offset, unsigned tmp)
+{
+    if (!homed(guest_of(offset)))
+        return host_reg(guest_of(offset));
+    mov_load(&e->a, tmp, rm_abs(&e->c->gpr[guest_of(offset)]));
+    return tmp;
+}
+
+/* The linear address into dst; `other` is used only when base and index both live in memory. */
+static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
+{
+    bool wide = !(u->aflags & EA_A32);
+    if (u->base == REG_BIP) {
+        mov_load(&e->a, dst, FIELD(e, jit.page));
+        lea(&e->a, true, dst, rm_mem(dst, u->disp + (int32_t)e->start));
+    } else {
+        unsigned base = NO_REG, index = NO_REG;
+        if (u->base != REG_ZERO)
+            base = half(e, u->base, dst);
+        if (u->index != REG_ZERO)
+            index = half(e, u->index, base == dst ? other : dst);
+        lea(&e->a, wide, dst, rm_sib(base, index, u->scale, u->disp));
+    }
+    if (u->aflags & EA_SEG)
+        put_insn(&e->a, 0, true, 0, 0x03, dst, rm_abs(&e->c->segbase[u->seg]), 0);
+}
+
+/* S0: linear address, or its low half; S1: that of the last byte, or of the first when it must be aligned (then no bit
+ * of its offset in the page may differ from a multiple). Then S0 is the addend. */
+static void look_up(struct emit *e, bool write, struct slow *s)
+{
+    struct place_of_code *a = &e->a;
+    shift_imm(a, false, 5, S0, 7);
+    alu_imm(a, false, 4, rm_reg(S0), (TLB_SIZE - 1) << 5);
+    put_insn(a, 0, true, 0, 0x03, S0, FIELD(e, tlb), 0);
+    alu_imm(a, true, 4, rm_reg(S1), e->aligned ? -4096 | (int32_t)(e->aligned - 1) : -4096);
+    put_insn(a, 0, true, 0, 0x3b, S1, rm_mem(S0, write ? offsetof(struct tlb_entry, wr) : offsetof(struct tlb_entry, rd)), 0);
+    slow_if(e, s, COND_NZ);
+    mov_load(a, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)));
+    e->flags &= ~(unsigned)IN_EFLAGS;
+}
+
+struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s)
+{
+    lea(&e->a, true, S1, rm_mem(base, disp + (e->aligned ? 0 : (int32_t)size - 1)));
+    lea(&e->a, false, S0, rm_mem(base, disp));
+    look_up(e, write, s);
+    return rm_sib(base, S0, 0, disp);
+}
+
+struct rm jit_operand(struct emit *e, const struct decoded *d, unsigned size, bool write, struct slow *s, bool want_s1)
+{
+    const struct uop *u = &d->uop;
+    struct place_of_code *a = &e->a;
+    if (plain(u) && u->index == REG_ZERO && u->base != REG_ZERO)
+        return jit_probe(e, host_reg(guest_of(u->base)), u->disp, size, write, s);
+    bool both = u->base < REG_ZERO && u->index < REG_ZERO && homed(guest_of(u->base)) && homed(guest_of(u->index));
+    linear(e, u, S0, S1);
+    if (both)
+        mov_store(a, FIELD(e, scratch[2]), S0);
+    lea(a, true, S1, rm_mem(S0, e->aligned ? 0 : (int32_t)size - 1));
+    look_up(e, write, s);
+    if (both)
+        mov_load(a, S1, FIELD(e, scratch[2]));
+    else
+        linear(e, u, S1, S1);
+    if (!want_s1)
+        return rm_sib(S0, S1, 0, 0);
+    put_insn(a, 0, true, 0, 0x03, S0, rm_reg(S1), 0);
+    return rm_mem(S0, 0);
+}
+
+/* ---- opcodes written again ---- */
+
+static bool host_has(const struct emit *e, const struct oprow *r)
+{
+    for (unsigned i = 0; i < 3 && r->feature[i]; i++)
+        if (!(e->j->host_features[(r->feature[i] - 1) / 64] >> ((r->feature[i] - 1) % 64) & 1))
+            return false;
+    return true;
+}
+
+static unsigned prefixes(const struct decoded *d)
+{
+    static const uint8_t mandatory[] = {0, 0, P_66, P_F3, P_F2};
+    return mandatory[d->row->prefix] | (d->row->size == 1 && d->enc.osize == 2 ? P_66 : 0) | (d->enc.lock ? P_LOCK : 0);
+}
+static bool wide(const struct decoded *d) { return (d->row->size == 1 || d->row->size == 2) && d->enc.osize == 8; }
+
+static void immediate(struct emit *e, const struct decoded *d)
+{
+    const uint8_t *p = e->bytes + d->uop.off + d->uop.len - d->enc.imm;
+    for (unsigned i = 0; i < d->enc.imm; i++)
+        put1(&e->a, p[i]);
+}
+
+/* EFLAGS as the instruction must find them: what it reads, and what it leaves alone and somebody may see. */
+static bool wants_eflags(const struct decoded *d, uint8_t observed)
+{
+    return d->flags_read || (d->flags_written && (observed & ~d->flags_written));
+}
+static void flags_made(struct emit *e, const struct decoded *d)
+{
+    if (!d->flags_written)
+        return;
+    e->flags = IN_EFLAGS;
+    if (e->j->off & JIT_NO_FLAGS)
+        jit_need_cc(e);
+}
+
+struct operands {
+    int reg, rm, opcode, vvvv; /* guest registers by place in the encoding, -1: none */
+    bool high_reg, high_rm, byte, mem_first;
+    unsigned mem_size;
+};
+
+static void find_operands(const struct decoded *d, struct operands *o)
+{
+    const uint8_t slot[4] = {d->uop.d, d->uop.s, d->uop.x, 0};
+    *o = (struct operands){.reg = -1, .rm = -1, .opcode = -1, .vvvv = -1};
+    for (unsigned i = 0; i < 3 && d->row->operand[i]; i++) {
+        unsigned kind = d->row->operand[i] & 0xff, size = d->row->operand[i] >> 8;
+        bool mem = kind == 'M' || (kind == 'E' && d->enc.mem);
+        if (mem) {
+            o->mem_first = i == 0;
+            o->mem_size = size == SZ_B ? 1 : size == SZ_W ? 2 : size == SZ_D ? 4 : size == SZ_Q ? 8 : d->enc.osize;
+            continue;
+        }
+        bool high = size == SZ_B && (slot[i] & 7) == 1;
+        switch (kind) {
+        case 'E': case 'R': o->rm = slot[i] / 8; o->high_rm = high; break;
+        case 'G': o->reg = slot[i] / 8; o->high_reg = high; break;
+        case 'Z': o->opcode = slot[i] / 8; o->high_rm = high; break;
+        case 'B': o->vvvv = slot[i] / 8; break;
+        default: continue;
+        }
+        o->byte |= size == SZ_B;
+    }
+}
+
+/* Guest registers that live in memory come into the scratch registers, each into one. */
+struct scratch { int guest[2]; unsigned used; };
+
+static unsigned fetch(struct emit *e, int guest, struct scratch *t)
+{
+    static const uint8_t order[2] = {S1, S0};
+    if (!homed((unsigned)guest))
+        return host_reg((unsigned)guest);
+    for (unsigned i = 0; i < t->used; i++)
+        if (t->guest[i] == guest)
+            return order[i];
+    mov_load(&e->a, order[t->used], rm_abs(&e->c->gpr[guest]));
+    t->guest[t->used] = guest;
+    return order[t->used++];
+}
+static void give_back(struct emit *e, int guest, unsigned r)
+{
+    if (guest >= 0 && homed((unsigned)guest))
+        mov_store(&e->a, rm_abs(&e->c->gpr[guest]), r);
+}
+static unsigned count_homed(const struct operands *o)
+{
+    const int all[4] = {o->reg, o->rm, o->opcode, o->vvvv};
+    unsigned seen = 0;
+    for (unsigned i = 0; i < 4; i++)
+        if (all[i] >= 0 && homed((unsigned)all[i]))
+            seen |= 1u << all[i];
+    return (unsigned)__builtin_popcount(seen);
+}
+
+static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
+{
+    const struct oprow *r = d->row;
+    struct operands o;
+    find_operands(d, &o);
+    bool mem = d->enc.mem, high = o.high_reg || o.high_rm;
+    unsigned nhomed = count_homed(&o);
+    if (d->enc.map == 1 && (d->enc.opcode & 0xf8) == 0xc8 && d->enc.osize == 2)
+        return false; /* BSWAP of 16 bits is undefined: as the interpreter does */
+    if (mem ? !jit_can_address(e, d) || nhomed > 1 || !o.mem_size : nhomed > 2)
+        return false;
+    if (high) { /* AH to BH exist only without REX */
+        const int low[2] = {o.high_reg ? -1 : o.reg, o.high_rm ? -1 : o.rm};
+        if (mem || nhomed)
+            return false;
+        for (unsigned i = 0; i < 2; i++)
+            if (low[i] >= 0 && (low[i] >= 8 || low[i] == RSP))
+                return false;
+        if (wide(d))
+            return false;
+    }
+    if (mem)
+        jit_need_cc(e);
+    bool eflags = wants_eflags(d, observed);
+    if (!mem && eflags)
+        need_eflags(e, S0);
+    struct slow *s = NULL;
+    struct rm rm = {0};
+    struct scratch scratch = {.used = 0};
+    if (mem) {
+        s = jit_new_slow(e);
+        rm = jit_operand(e, d, o.mem_size, o.mem_first && r->jit != JIT_COPYR, s, nhomed > 0 || eflags);
+        if (eflags)
+            need_eflags(e, S1);
+    } else if (o.rm >= 0) {
+        rm = rm_reg(o.high_rm ? (unsigned)o.rm + 4 : fetch(e, o.rm, &scratch));
+    }
+    unsigned reg = r->digit >= 0 ? (unsigned)r->digit : 0;
+    if (o.reg >= 0)
+        reg = o.high_reg ? (unsigned)o.reg + 4 : fetch(e, o.reg, &scratch);
+    unsigned p = prefixes(d) | (o.byte && !high ? P_REX : 0), vvvv = o.vvvv >= 0 ? fetch(e, o.vvvv, &scratch) : 0;
+    if (d->enc.vex) {
+        static const uint8_t pp[] = {0, 0, 1, 2, 3};
+        put_vex(&e->a, pp[r->prefix], d->enc.w, d->enc.l, d->enc.map, d->enc.opcode, reg, vvvv, rm, d->enc.imm);
+    } else if (o.opcode >= 0) { /* the register is in the opcode */
+        unsigned h = o.high_rm ? (unsigned)o.opcode + 4 : fetch(e, o.opcode, &scratch), rex = (unsigned)wide(d) << 3 | h >> 3;
+        if (p & P_66)
+            put1(&e->a, 0x66);
+        if (rex || (p & P_REX))
+            put1(&e->a, 0x40 | rex);
+        if (d->enc.map)
+            put1(&e->a, 0x0f);
+        put1(&e->a, (d->enc.opcode & 0xf8u) | (h & 7));
+        rm = rm_reg(h);
+    } else {
+        put_insn(&e->a, p, wide(d), d->enc.map, d->enc.opcode, reg, rm, d->enc.imm);
+    }
+    immediate(e, d);
+    give_back(e, o.reg, reg);
+    give_back(e, mem ? -1 : o.rm, rm.reg);
+    give_back(e, o.opcode, rm.reg);
+    give_back(e, o.vvvv, vvvv);
+    flags_made(e, d);
+    if (mem)
+        jit_resume(e, d, s);
+    return true;
+}
+
+/* Operands implied by the opcode: AL, RAX, RDX, none. */
+static bool fixed(struct emit *e, const struct decoded *d, uint8_t observed)
+{
+    if (wants_eflags(d, observed))
+        need_eflags(e, S0);
+    if (prefixes(d) & P_66)
+        put1(&e->a, 0x66);
+    if (wide(d))
+        put1(&e->a, 0x48);
+    put1(&e->a, d->enc.opcode);
+    immediate(e, d);
+    flags_made(e, d);
+    return true;
+}
+
+static bool load_address(struct emit *e, const struct decoded *d)
+{
+    const struct uop *u = &d->uop;
+    if (!jit_can_address(e, d) || (d->enc.osize == 2 && homed(guest_of(u->d)))) /* 16 bits keep the rest */
+        return false;
+    unsigned guest = guest_of(u->d), dst = homed(guest) ? S0 : host_reg(guest);
+    struct place_of_code *a = &e->a;
+    struct rm m;
+    if (u->base == REG_BIP) {
+        mov_load(a, S0, FIELD(e, jit.page));
+        m = rm_mem(S0, u->disp + (int32_t)e->start);
+    } else {
+        unsigned base = u->base == REG_ZERO ? NO_REG : half(e, u->base, S0);
+        unsigned index = u->index == REG_ZERO ? NO_REG : half(e, u->index, S1);
+        m = rm_sib(base, index, u->scale, u->disp);
+    }
+    if (u->aflags & EA_A32 && d->enc.osize == 8) {
+        lea(a, false, dst, m); /* 32 bits of address, then zeros */
+    } else {
+        put_insn(a, d->enc.osize == 2 ? P_66 : 0, d->enc.osize == 8, 0, 0x8d, dst, m, 0);
+    }
+    give_back(e, (int)guest, dst);
+    return true;
+}
+
+static bool push(struct emit *e, const struct decoded *d)
+{
+    const struct uop *u = &d->uop;
+    bool imm = (d->row->operand[0] & 0xff) == 'I';
+    if (d->enc.osize != 8)
+        return false;
+    jit_need_cc(e);
+    struct slow *s = jit_new_slow(e);
+    struct rm m = jit_probe(e, GUEST_SP, -8, 8, true, s);
+    if (imm) {
+        put_insn(&e->a, 0, true, 0, 0xc7, 0, m, 4);
+        put4(&e->a, (uint32_t)u->imm);
+    } else {
+        struct scratch scratch = {.used = 0};
+        mov_store(&e->a, m, fetch(e, (int)guest_of(u->d), &scratch));
+    }
+    lea(&e->a, true, GUEST_SP, rm_mem(GUEST_SP, -8));
+    jit_resume(e, d, s);
+    return true;
+}
+
+static bool pop(struct emit *e, const struct decoded *d)
+{
+    unsigned guest = guest_of(d->uop.d), dst = homed(guest) ? S1 : host_reg(guest);
+    if (d->enc.osize != 8)
+        return false;
+    jit_need_cc(e);
+    struct slow *s = jit_new_slow(e);
+    struct rm m = jit_probe(e, GUEST_SP, 0, 8, false, s);
+    mov_load(&e->a, dst, m);
+    if (guest != RSP)
+        lea(&e->a, true, GUEST_SP, rm_mem(GUEST_SP, 8));
+    give_back(e, (int)guest, dst);
+    jit_resume(e, d, s);
+    return true;
+}
+
+static bool leave(struct emit *e, const struct decoded *d)
+{
+    if (d->enc.osize != 8)
+        return false;
+    jit_need_cc(e);
+    struct slow *s = jit_new_slow(e);
+    struct rm m = jit_probe(e, RBP, 0, 8, false, s);
+    mov_load(&e->a, S1, m);
+    lea(&e->a, true, GUEST_SP, rm_mem(RBP, 8));
+    mov_rr(&e->a, RBP, S1);
+    jit_resume(e, d, s);
+    return true;
+}
+
+/* DIV and IDIV of 32 and 64 bits. Whatever might overflow goes to the handler, so the host never traps: quotients of a
+ * zero-extended dividend by a larger divisor half fit, those of a sign-extended one fit unless the divisor is 0 or -1. */
+static bool divide(struct emit *e, const struct decoded *d)
+{
+    struct operands o;
+    bool w = d->enc.osize == 8, sign = d->row->digit == 7;
+    struct place_of_code *a = &e->a;
+    find_operands(d, &o);
+    if (d->row->size != 1 || d->enc.osize == 2 || (d->enc.mem && !jit_can_address(e, d)))
+        return false;
+    jit_need_cc(e);
+    struct slow *s = jit_new_slow(e);
+    if (d->enc.mem) { /* read once: another processor may write it meanwhile */
+        struct rm m = jit_operand(e, d, d->enc.osize, false, s, false);
+        put_insn(a, 0, w, 0, 0x8b, S1, m, 0);
+    } else {
+        struct scratch scratch = {.used = 0};
+        unsigned r = fetch(e, o.rm, &scratch);
+        if (r != S1)
+            mov_rr(a, S1, r);
+    }
+    if (sign) {
+        mov_rr(a, S0, RAX);
+        shift_imm(a, w, 7, S0, w ? 63 : 31);
+        put_insn(a, 0, w, 0, 0x3b, S0, rm_reg(RDX), 0);
+        slow_if(e, s, COND_NZ);
+        lea(a, w, S0, rm_mem(S1, 1));
+        alu_imm(a, w, 7, rm_reg(S0), 1);
+        slow_if(e, s, COND_BE);
+    } else {
+        put_insn(a, 0, w, 0, 0x3b, RDX, rm_reg(S1), 0);
+        slow_if(e, s, COND_AE);
+    }
+    put_insn(a, 0, w, 0, 0xf7, (unsigned)d->row->digit, rm_reg(S1), 0);
+    e->flags = IN_CC; /* the flags are undefined: they stay, as the interpreter leaves them */
+    jit_resume(e, d, s);
+    return true;
+}
+
+bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed)
+{
+    const struct oprow *r = d->row;
+    if (!r || d->has_prefix || !host_has(e, r))
+        return false;
+    switch (r->jit) {
+    case JIT_BITREG: return !d->enc.mem && copy(e, d, observed); /* in memory the bit may be far from the operand */
+    case JIT_COPY: case JIT_COPYR: case JIT_COPYW: return copy(e, d, observed);
+    case JIT_FIXED: return fixed(e, d, observed);
+    case JIT_LEA: return load_address(e, d);
+    case JIT_PUSH: return push(e, d);
+    case JIT_POP: return pop(e, d);
+    case JIT_LEAVE: return leave(e, d);
+    case JIT_NOP: return true;
+    case JIT_VEC: case JIT_VZEROUPPER: return jit_vector(e, d);
+    case JIT_DIV: return divide(e, d);
+    case JIT_XCHGAX: {
+        unsigned guest = guest_of(d->uop.d);
+        struct scratch scratch = {.used = 0};
+        if (guest == RAX) /* NOP */
+            return true;
+        unsigned h = fetch(e, (int)guest, &scratch);
+        put_insn(&e->a, prefixes(d), wide(d), 0, 0x87, h, rm_reg(RAX), 0);
+        give_back(e, (int)guest, h);
+        return true;
+    }
+    default: return false;
+    }
+}
+#endif
