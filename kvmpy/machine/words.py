@@ -24,7 +24,8 @@ SWITCH = {"on": True, "off": False}
 def split(text: str, many: Collection[str] = ()) -> tuple[str, dict[str, str]]:
     """The first word, and the "key=value" words behind it; a comma in a value is doubled (",,").
 
-    "key" alone means "key=on". Options of `many` may be repeated; their values are lines then. Raises ValueError for an option that is given twice or has no name.
+    "key" alone means "key=on". Options of `many` may be repeated; their values are lines then. Raises ValueError for
+    an option that is given twice or has no name.
     """
     # A comma ends a word unless it is one of a pair.
     first, *rest = [word.replace(",,", ",") for word in re.findall(r"(?:^|,)((?:[^,]|,,)*)", text)]

@@ -126,3 +126,31 @@ def test_the_example_with_disks(backend_for_linux):
         "the image has an ext file system: True",
     ):
         assert promise in done.stdout
+
+
+@pytest.mark.slow
+def test_each_processor_has_its_queue_and_vector(backend_for_linux, tmp_path):
+    guest = guests.find("debian-6.12")
+    if guest is None:
+        pytest.skip("debian-6.12 is not in the cache: kvmpy guest get debian-6.12")
+    create_disk(tmp_path / "disk", "raw", 8 << 20)
+    trial = """for cpu in 0 1; do
+taskset -c $cpu dd if=/dev/zero of=/dev/vda bs=64k count=32 oflag=direct 2> /dev/null
+done
+grep 'virtio0-req' /proc/interrupts"""
+    with Machine(
+        kernel=guest.kernel,
+        initrd=guest.initrd_modules,
+        memory="256M",
+        cpus=2,
+        backend=backend_for_linux,
+        decompress=True,
+        cmdline="console=ttyS0 quiet " + parameters(trial),
+        disks=[f"{tmp_path}/disk,format=raw,queues=2"],
+        transport="pci",
+    ) as machine:
+        assert machine.wait(timeout=300).reason == "poweroff"
+        text = machine.console.transcript
+    lines = [line.split() for line in text.splitlines() if "virtio0-req." in line and "MSI" in line]
+    counts = [[int(word) for word in words[1:3]] for words in lines]
+    assert len(counts) == 2 and counts[0][0] > 0 and counts[1][1] > 0, text[-2000:]
