@@ -41,7 +41,14 @@ def _layer(measure: Callable[[int], list[Result]]) -> Benchmark:
 
 
 def _cpu(options: argparse.Namespace) -> Iterable[Row]:
-    return cpu.run(options.rounds, guest=options.guest, qemu=options.qemu, kvm=options.kvm)
+    return cpu.run(
+        options.rounds,
+        guest=options.guest,
+        qemu=options.qemu,
+        kvm=options.kvm,
+        executor=options.executor,
+        interp=options.interp,
+    )
 
 
 def _disks(options: argparse.Namespace) -> Iterable[Row]:
@@ -70,6 +77,8 @@ def main() -> int:
     guest.add_argument("--guest", default="debian-6.1", help="the stock guest to boot (default %(default)s)")
     guest.add_argument("--qemu", default="qemu-system-x86_64", metavar="PROGRAM", help="the peer (default %(default)s)")
     guest.add_argument("--kvm", action="store_true", help="measure kvmpy on the kernel's KVM too")
+    guest.add_argument("--executor", choices=("interp", "jit"), help="of the software CPU (default: its own choice)")
+    guest.add_argument("--interp", action="store_true", help="measure the software CPU's interpreter besides")
     options = parser.parse_args()
     if unknown := set(options.names) - KNOWN.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(KNOWN)}")

@@ -45,8 +45,10 @@ WORKLOADS: Mapping[str, str] = {
     "fork": "fork and wait",
     "shell": "busybox shell loop",
 }
+UNITS: Mapping[str, str] = {"boot": "s", "quick": "s", "scale": "x", "memory": "MiB"}
 HEADER = (
-    f"{'what':<44}{'native':>10}{'kvm':>10}{'ours':>10}{'QEMU':>10} {'unit':<5}{'/native':>8}{'/QEMU':>7}{'by cpu':>8}"
+    f"{'what':<44}{'native':>10}{'kvm':>10}{'interp':>10}{'ours':>10}{'QEMU':>10} {'unit':<5}"
+    f"{'/native':>8}{'/QEMU':>7}{'by cpu':>8}"
 )
 
 
@@ -54,14 +56,15 @@ HEADER = (
 class Row:
     """Medians of each side, and of the ratios ours / QEMU's round by round; None is "not measured".
 
-    `ours` is the software CPU; `of_native` is ours / native; `cpu_ratio` is ours / QEMU's processor time on the
-    host: the same on a quiet machine, and on a busy one what to trust.
+    `ours` is the software CPU, `interp` the same without its JIT; `of_native` is ours / native; `cpu_ratio` is ours /
+    QEMU's processor time on the host: the same on a quiet machine, and on a busy one what to trust.
     """
 
     name: str
     unit: str
     native: float | None = None
     kvm: float | None = None
+    interp: float | None = None
     ours: float | None = None
     qemu: float | None = None
     of_native: float | None = None
@@ -69,7 +72,7 @@ class Row:
     cpu_ratio: float | None = None
 
     def row(self) -> str:
-        times = "".join(_cell(value, 10, 3) for value in (self.native, self.kvm, self.ours, self.qemu))
+        times = "".join(_cell(value, 10, 3) for value in (self.native, self.kvm, self.interp, self.ours, self.qemu))
         ratios = _cell(self.of_native, 8, 1) + _cell(self.ratio, 7, 2) + _cell(self.cpu_ratio, 8, 2)
         return f"{self.name:<44}{times} {self.unit:<5}{ratios}"
 
@@ -89,21 +92,28 @@ class Round:
     qemu: Times
     ours_cpu: Times
     qemu_cpu: Times
+    interp: Times
 
 
-def run(rounds: int | None, *, guest: str, qemu: str, kvm: bool) -> Iterator[Row]:
+def run(
+    rounds: int | None, *, guest: str, qemu: str, kvm: bool, executor: str | None = None, interp: bool = False
+) -> Iterator[Row]:
     """Measure and yield the rows; says on standard error what it does.
 
     rounds: None for `ROUNDS`; guest: a stock Linux guest; qemu: the peer's program (left out when there is
-    none); kvm: try the kernel's engine too. Raises BenchmarkError, GuestUnavailableError.
+    none); kvm: try the kernel's engine too; executor: of the software CPU, None for its default; interp: measure its
+    interpreter beside it. Raises BenchmarkError, GuestUnavailableError.
     """
     with tempfile.TemporaryDirectory(prefix="kvmpy-bench-") as directory:
         made = payload.make(Path(directory), guest)
-        yield from _measure(made, rounds or ROUNDS, _peer(qemu), _kernel_engine(made) if kvm else {})
+        ours = sides.kvmpy("tcg", TIMEOUT, executor)
+        slow = sides.kvmpy("tcg", TIMEOUT, "interp") if interp else None
+        yield from _measure(made, rounds or ROUNDS, ours, slow, _peer(qemu), _kernel_engine(made) if kvm else {})
 
 
-def _measure(made: Payload, rounds: int, peer: Side | None, kvm: Times) -> Iterator[Row]:
-    ours = sides.kvmpy("tcg", TIMEOUT)
+def _measure(
+    made: Payload, rounds: int, ours: Side, interp: Side | None, peer: Side | None, kvm: Times
+) -> Iterator[Row]:
     expected = sides.native(made, REPEATS)
     done: list[Round] = []
     for number in range(rounds):
@@ -112,7 +122,8 @@ def _measure(made: Payload, rounds: int, peer: Side | None, kvm: Times) -> Itera
         _check(native, expected, "native")
         mine, my_cpu = _turn(ours, made, expected)
         theirs, their_cpu = _turn(peer, made, expected) if peer else ({}, {})
-        done.append(Round(native.seconds, mine, theirs, my_cpu, their_cpu))
+        slow = _turn(interp, made, expected)[0] if interp else {}
+        done.append(Round(native.seconds, mine, theirs, my_cpu, their_cpu, slow))
 
     ratios, cpu_ratios = [], []
     for name, title in {**WORKLOADS, **_titles(made)}.items():
@@ -129,17 +140,18 @@ def _measure(made: Payload, rounds: int, peer: Side | None, kvm: Times) -> Itera
 def _turn(side: Side, made: Payload, expected: Timed) -> tuple[Times, Times]:
     """Boot and run the workloads once: the times, and the processor times."""
     boot = side.boot(made.bzimage, made.initrd, CONSOLE)
-    quick = side.boot(made.vmlinux, made.initrd, f"{CONSOLE} cryptomgr.notests")
+    quick = side.boot(made.bzimage, made.initrd, f"{CONSOLE} cryptomgr.notests")
     work = side.work(made, REPEATS)
     _check(work, expected, side.name)
+    other = {"scale": side.scale(made, REPEATS), "memory": work.memory / (1 << 20)}
     return (
-        {"boot": boot.wall, "quick": quick.wall} | work.seconds,
+        {"boot": boot.wall, "quick": quick.wall} | other | work.seconds,
         {"boot": boot.cpu, "quick": quick.cpu, "all": work.total} | work.cpu,
     )
 
 
 def _row(name: str, title: str, done: list[Round], kvm: Times) -> Row:
-    scale, unit = (1e3, "ms") if name in WORKLOADS else (1, "s" if name in done[0].ours else "")
+    scale, unit = (1e3, "ms") if name in WORKLOADS else (1, UNITS.get(name, ""))
 
     def median(times: list[Times]) -> float | None:
         values = [t[name] * scale for t in times if name in t]
@@ -154,6 +166,7 @@ def _row(name: str, title: str, done: list[Round], kvm: Times) -> Row:
         unit,
         native=median([r.native for r in done]),
         kvm=kvm[name] * scale if name in kvm else None,
+        interp=median([r.interp for r in done]),
         ours=median([r.ours for r in done]),
         qemu=median([r.qemu for r in done]),
         of_native=ratio([(r.ours, r.native) for r in done]),
@@ -166,8 +179,10 @@ def _titles(made: Payload) -> dict[str, str]:
     linux = f"Linux {'.'.join(made.release.split('.')[:2])}"
     return {
         "boot": f"{linux} to power-off",
-        "quick": f"{linux} to power-off, notests, vmlinux",
+        "quick": f"{linux} to power-off, notests",
         "all": "all workloads and a boot",
+        "scale": "a worker beside another on 2 CPUs",
+        "memory": "memory beside guest RAM",
     }
 
 

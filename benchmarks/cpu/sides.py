@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.cpu.payload import CONSOLE, BenchmarkError, Payload
@@ -19,6 +19,7 @@ from benchmarks.cpu.payload import CONSOLE, BenchmarkError, Payload
 CPUCLOCK_SCHED = 2  # linux/posix-timers_types.h: time on a processor, exact to the nanosecond
 MEMORY = 512  # MiB
 LINE = re.compile(r"bench: (\w+) (\d+\.\d+)(?: ([0-9a-f]{16}))?\s*$")
+WORKERS = re.compile(r"bench: workers (\d) (\d+\.\d+)\s*$")
 WAITS = re.compile(r"bench: (ready|end) ")
 # How far the guest's clock may be from the host's over a whole run: a part of it, and seconds until a line is read.
 CLOCK_DRIFT, CLOCK_DELAY = 0.03, 0.2
@@ -31,7 +32,8 @@ class Timed:
     """What a run of the workloads gave, by name: the best of their times in seconds, and their results.
 
     `seconds` is by the guest's clock, `cpu` is the processor time that the host spent on the guest meanwhile.
-    `total` is that for all of it, boot included; `share` is `total` by the time that passed.
+    `total` is that for all of it, boot included; `share` is `total` by the time that passed. `memory` is what the
+    process had of host memory at the end beside guest RAM, in bytes.
     """
 
     seconds: dict[str, float]
@@ -39,6 +41,7 @@ class Timed:
     results: dict[str, str]
     total: float
     share: float
+    memory: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Ended:
     wall: float
     cpu: float
     lines: list[Line]
+    memory: int = 0  # as in Timed
 
     def tail(self) -> str:
         return "\n".join(f"    {line.text}" for line in self.lines[-12:])
@@ -64,15 +68,16 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A virtual machine monitor; `command(kernel, initrd, cmdline)` starts it."""
+    """A virtual machine monitor; `command(kernel, initrd, cmdline, cpus)` starts it, with `environment` besides."""
 
     name: str
-    command: Callable[[Path, Path, str], list[str]]
+    command: Callable[[Path, Path, str, int], list[str]]
     timeout: float
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def boot(self, kernel: Path, initrd: Path, cmdline: str) -> Ended:
         """Run a guest that powers off as soon as its init starts."""
-        ended = _run(self.command(kernel, initrd, f"{cmdline} -- off"), self.timeout)
+        ended = self._run(kernel, initrd, f"{cmdline} -- off")
         if not any("reboot: Power down" in line.text for line in ended.lines):
             raise BenchmarkError(f"{self.name}: the guest did not power off; its last words:\n{ended.tail()}")
         return ended
@@ -80,24 +85,41 @@ class Side:
     def work(self, payload: Payload, repeats: int) -> Timed:
         """Run the workloads, each `repeats` times, in a guest."""
         cmdline = f"{QUICK} -- run {repeats} /bin/busybox"
-        return _timed(self.name, _run(self.command(payload.vmlinux, payload.initrd, cmdline), self.timeout))
+        return _timed(self.name, self._run(payload.bzimage, payload.initrd, cmdline))
+
+    def scale(self, payload: Payload, repeats: int) -> float:
+        """How many times longer a worker takes when another runs on a second processor; 1.0 is perfect."""
+        ended = self._run(payload.bzimage, payload.initrd, f"{QUICK} -- scale {repeats}", cpus=2)
+        times: dict[str, list[float]] = {"1": [], "2": []}
+        for line in ended.lines:
+            if match := WORKERS.search(line.text):
+                times[match[1]].append(float(match[2]))
+        if len(times["1"]) != repeats or len(times["2"]) != repeats:
+            raise BenchmarkError(f"{self.name}: the workers did not end; the last words:\n{ended.tail()}")
+        return min(times["2"]) / min(times["1"])
+
+    def _run(self, kernel: Path, initrd: Path, cmdline: str, cpus: int = 1) -> Ended:
+        # Bytecode is cached, as it is for an installed package.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | dict(self.environment)
+        return _run(self.command(kernel, initrd, cmdline, cpus), self.timeout, environment)
 
 
-def kvmpy(backend: str, timeout: float) -> Side:
-    """kvmpy on one of its engines, by its own command."""
+def kvmpy(backend: str, timeout: float, executor: str | None = None) -> Side:
+    """kvmpy on one of its engines, by its own command; executor: "interp" or "jit" of the software CPU."""
 
-    def command(kernel: Path, initrd: Path, cmdline: str) -> list[str]:
+    def command(kernel: Path, initrd: Path, cmdline: str, cpus: int) -> list[str]:
         start = [sys.executable, "-m", "kvmpy", "run", str(kernel), "--initrd", str(initrd), "--append", cmdline]
-        return [*start, "--backend", backend, "--memory", f"{MEMORY}M", "--cpus", "1", "--no-decompress", "-q"]
+        return [*start, "--backend", backend, "--memory", f"{MEMORY}M", "--cpus", str(cpus), "-q"]
 
-    return Side(f"kvmpy {backend}", command, timeout)
+    name = f"kvmpy {backend}" + (f" {executor}" if executor else "")
+    return Side(name, command, timeout, {"KVMPY_TCG": executor} if executor else {})
 
 
 def qemu(program: str, timeout: float) -> Side:
     """QEMU's TCG; without the default devices (disk, network, screen), which would slow its boot."""
 
-    def command(kernel: Path, initrd: Path, cmdline: str) -> list[str]:
-        machine = [program, "-M", "q35,accel=tcg", "-cpu", "max", "-smp", "1", "-m", str(MEMORY)]
+    def command(kernel: Path, initrd: Path, cmdline: str, cpus: int) -> list[str]:
+        machine = [program, "-M", "q35,accel=tcg", "-cpu", "max", "-smp", str(cpus), "-m", str(MEMORY)]
         quiet = ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]
         return [*machine, *quiet, "-kernel", str(kernel), "-initrd", str(initrd), "-append", cmdline]
 
@@ -112,7 +134,7 @@ def native(payload: Payload, repeats: int) -> Timed:
 
 def _timed(side: str, ended: Ended) -> Timed:
     """Read the program's lines, and check the guest's clock by the host's."""
-    timed = Timed({}, {}, {}, ended.cpu, ended.cpu / ended.wall)
+    timed = Timed({}, {}, {}, ended.cpu, ended.cpu / ended.wall, ended.memory)
     clock: dict[str, tuple[float, float]] = {}
     started = 0.0
     for line in ended.lines:
@@ -141,12 +163,26 @@ def _timed(side: str, ended: Ended) -> Timed:
     return timed
 
 
-def _run(command: list[str], timeout: float) -> Ended:
+def _beside_ram(pid: int) -> int:
+    """Bytes of host memory of a process, its share of shared pages, without mappings as large as guest RAM."""
+    total, large = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        word, _, rest = line.partition(":")
+        if word == "Size":
+            large = int(rest.split()[0]) >= MEMORY << 10
+        elif word == "Pss" and not large:
+            total += int(rest.split()[0]) << 10
+    return total
+
+
+def _run(command: list[str], timeout: float, environment: Mapping[str, str] | None = None) -> Ended:
     """Run a command to its end. Raises BenchmarkError when it fails or takes more than `timeout` seconds."""
     lines: list[Line] = []
+    memory = 0
     late = threading.Event()
     started = time.monotonic()
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env=environment) as process:
 
         def kill() -> None:
             late.set()
@@ -161,6 +197,8 @@ def _run(command: list[str], timeout: float) -> Ended:
                 # Only while it lives: before it waits, and after it worked it waits again.
                 ours = text.startswith("bench: ")
                 lines.append(Line(time.monotonic(), _processor_time(process.pid) if ours else 0.0, text))
+                if text.startswith("bench: end "):
+                    memory = _beside_ram(process.pid)
                 if WAITS.search(text):
                     process.stdin.write(b"\n")
                     process.stdin.flush()
@@ -171,7 +209,7 @@ def _run(command: list[str], timeout: float) -> Ended:
             raise
         finally:
             timer.cancel()
-    ended = Ended(time.monotonic() - started, usage.ru_utime + usage.ru_stime, lines)
+    ended = Ended(time.monotonic() - started, usage.ru_utime + usage.ru_stime, lines, memory)
     if late.is_set():
         raise BenchmarkError(f"`{' '.join(command)}` did not end within {timeout:.0f} s:\n{ended.tail()}")
     if process.returncode != 0:

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * The guest workloads: as the first program of a guest, or on the host to compare.
  *   work off                      power off at once (what a boot costs)
+ *   work scale REPEATS            one worker, then two on two processors: bench: workers COUNT SECONDS
  *   work run REPEATS BUSYBOX      each workload REPEATS times; then, as process 1, power off
  * For each time that a workload runs there are two lines; RESULT must be the same everywhere:
  *   bench: ready NAME             then it waits for a line, so that the host can look at its own clocks
@@ -481,6 +482,33 @@ static void power_off(void)
     perror("reboot");
 }
 
+/* One worker, then two on a processor each: how much slower is a worker for the company? */
+static void scale(int repeats)
+{
+    for (; repeats > 0; repeats--)
+        for (int workers = 1; workers <= 2; workers++) {
+            double started = now();
+            for (int i = 0; i < workers; i++) {
+                pid_t child = fork();
+                check(child >= 0, "fork");
+                if (child == 0) {
+                    cpu_set_t one;
+                    CPU_ZERO(&one);
+                    CPU_SET(i, &one);
+                    check(sched_setaffinity(0, sizeof one, &one) == 0, "sched_setaffinity");
+                    for (int runs = 0; runs < 8; runs++)
+                        integer();
+                    _exit(0);
+                }
+            }
+            for (int i = 0; i < workers; i++) {
+                int status;
+                check(wait(&status) > 0 && status == 0, "worker");
+            }
+            printf("bench: workers %d %.6f\n", workers, now() - started);
+        }
+}
+
 int main(int argc, char **argv)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -504,8 +532,10 @@ int main(int argc, char **argv)
             }
         printf("bench: end %.6f\n", now());
         wait_for_line();
+    } else if (argc == 3 && strcmp(argv[1], "scale") == 0) {
+        scale(atoi(argv[2]));
     } else if (argc != 2 || strcmp(argv[1], "off") != 0 || getpid() != 1) {
-        fprintf(stderr, "usage: work off | run REPEATS BUSYBOX (off: only as process 1)\n");
+        fprintf(stderr, "usage: work off | scale REPEATS | run REPEATS BUSYBOX (off: only as process 1)\n");
         return 2;
     }
     if (getpid() == 1)
