@@ -15,12 +15,14 @@ from kvmpy.guests import initramfs
 from kvmpy.guests.errors import GuestUnavailableError, PackageError
 from kvmpy.guests.guest import Guest, Origin, verify
 from kvmpy.guests.init import EXIT_STATUS, READY, parameters
+from kvmpy.guests.network import DHCP
 from kvmpy.guests.recipes import RECIPES, Recipe
 from kvmpy.guests.store import cache_directory, find, get, remove
 
 NAMES = tuple(RECIPES)
 
 __all__ = [
+    "DHCP",
     "EXIT_STATUS",
     "NAMES",
     "READY",

@@ -4,12 +4,15 @@
 import contextlib
 import hashlib
 import http.server
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -22,13 +25,6 @@ from kvmpy.net import StreamSocket, Switch, Tap, UserNet
 pytestmark = pytest.mark.guest
 
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_net")
-DHCP = """cat > /lease <<'END'
-#!/bin/sh
-[ "$1" = bound ] || exit 0
-ip addr add $ip/$mask dev $interface; ip route add default via $router; echo "nameserver $dns" > /etc/resolv.conf
-END
-chmod +x /lease; ip link set eth0 up; udhcpc -i eth0 -n -q -s /lease > /dev/null || exit 1
-"""
 
 
 @pytest.fixture
@@ -120,7 +116,7 @@ def test_user_mode_network(linux, transport):
         web_server() as port,
         UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{port}"], host_forwards=["tcp::0-:8080"]) as net,
     ):
-        run = DHCP + (
+        run = guests.DHCP + (
             "ping -c 2 10.0.2.2 && wget -q -O /file http://10.0.2.2/ && md5sum /file || exit 1\n"
             "mkdir /www; cp /file /www/file; httpd -p 8080 -h /www\n"
             "while [ ! -e /www/cgi-bin/done ]; do read -t 1 answer && break; done"
@@ -202,7 +198,7 @@ def test_a_guest_of_qemu_on_our_network(linux, tmp_path):
         pytest.skip("no qemu-system-x86_64: install the package qemu-system-x86")
     if "stream" not in subprocess.run([qemu, "-netdev", "help"], capture_output=True, text=True, check=True).stdout:
         pytest.skip("this QEMU has no -netdev stream: 7.2 has it")
-    run = DHCP + "ping -c 2 10.0.2.2 && wget -q -O - http://10.0.2.2/ | md5sum; sleep 1"
+    run = guests.DHCP + "ping -c 2 10.0.2.2 && wget -q -O - http://10.0.2.2/ | md5sum; sleep 1"
     path = tmp_path / "wire"
     with web_server() as port, Switch() as switch:
         switch.connect(UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{port}"]))
@@ -217,3 +213,14 @@ def test_a_guest_of_qemu_on_our_network(linux, tmp_path):
             capture_output=True, text=True, timeout=180, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     assert "2 packets received" in done.stdout and MD5 in done.stdout, done.stdout[-3000:] + done.stderr
+
+
+@pytest.mark.slow
+def test_the_example(linux):
+    example = Path(__file__).resolve().parents[2] / "examples/web_server.py"
+    environment = os.environ | {"KVMPY_BACKEND": "tcg"}
+    done = subprocess.run(
+        [sys.executable, example], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "says: Linux kvmpy 6.1" in done.stdout and "the run ended: poweroff" in done.stdout
