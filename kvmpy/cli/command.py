@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from kvmpy._version import __version__
 from kvmpy.cli import status
 from kvmpy.cli.text import tell, uncollected
-from kvmpy.errors import BackendError, BootError, GuestError, ImageError, KvmpyError
+from kvmpy.errors import BackendError, BootError, GuestError, ImageError, KvmpyError, NetworkError
 
 COMMANDS = ("run", "doctor", "guest", "image", "debug", "version")  # each is a module of this package
 
@@ -83,7 +83,7 @@ def status_of(error: BaseException) -> int:
             return status.BAD_IMAGE
         case BackendError() | GuestUnavailableError():
             return status.UNAVAILABLE
-        case OSError():
+        case OSError() | NetworkError():
             return status.HOST_ERROR
     return status.FAILED
 

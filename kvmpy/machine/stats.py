@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kvmpy._kvm import Stats as EngineStats
-from kvmpy.errors import CapabilityError
+from kvmpy.errors import CapabilityError, StateError
 from kvmpy.machine.virtio import Virtio
-from kvmpy.virtio import Blk
+from kvmpy.virtio import Blk, Net
 from kvmpy.vm import Vm
 
 # Numbers of devices that go up and down; all others only count up.
@@ -26,7 +26,8 @@ class Stats(dict[str, Any]):
 
     exits: by vCPU and kind. engine: what the engine counts itself, of the "vm" and of each vCPU (for the software CPU
     instructions, blocks, TLB misses ...), empty where it counts nothing. assist: instructions run for KVM. virtio: by
-    device; its "queues" are (requests, interrupts, in flight) of each. disks: what the image under a block device did.
+    device; its "queues" are (requests, interrupts, in flight) of each. disks: what the image under a block device
+    did. networks: what the back end of a card did, if it counts.
     memory: bytes of guest RAM. process: of the host's process. unclaimed: accesses that no device answered.
     """
 
@@ -71,6 +72,9 @@ class Stats(dict[str, Any]):
         for device, counters in self["disks"].items():
             for name, value in counters.items():
                 yield _metric(f"disk_{name}", name in GAUGES, {"device": device}, value)
+        for device, counters in self["networks"].items():
+            for name, value in counters.items():
+                yield _metric(f"network_{name}", name.endswith("_flows"), {"device": device}, value)
         for name, value in self["memory"].items():
             yield _metric(f"memory_{name}", True, {}, value)
         for name, value in self["process"].items():
@@ -99,6 +103,7 @@ class Counters:
             assist=dict(vm.assist.counts),
             virtio=self._virtio.stats(),
             disks={},
+            networks={},
             memory={"ram_bytes": sum(region.size for region in vm.memory.regions if not region.readonly)},
             process=_process(),
             unclaimed={"pio": vm.pio.unclaimed_total, "mmio": vm.mmio.unclaimed_total},
@@ -111,6 +116,9 @@ class Counters:
             if isinstance(device, Blk):
                 disk = device.disk
                 stats["disks"][device.name] = {**disk.stats._asdict(), "size": disk.size}
+            if isinstance(device, Net) and callable(counts := getattr(device.backend, "stats", None)):
+                with contextlib.suppress(StateError):  # the network was closed
+                    stats["networks"][device.name] = counts()
         return stats
 
     def close(self) -> None:

@@ -128,6 +128,9 @@ def test_user_mode_network(linux, transport):
         machine.console.send_line("enough")
         text = ended(machine)
         assert "2 packets received" in text and MD5 in text
+        stats = machine.stats()
+        assert stats["networks"]["net0"]["tcp_opened"] >= 2
+        assert 'kvmpy_network_tcp_opened_total{device="net0"}' in stats.prometheus()
 
 
 def test_tap_in_a_namespace(linux, namespace, tmp_path):
