@@ -39,7 +39,7 @@ def boot(linux, backend, *, cpus=1, words="", assist=None):
     )
 
 
-@pytest.mark.parametrize("backend", ["tcg"])
+@pytest.mark.parametrize("backend", ["tcg"], indirect=True)
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_linux_boots_to_a_shell_and_powers_off(linux, backend, cpus):
     with boot(linux, backend, cpus=cpus) as machine:
