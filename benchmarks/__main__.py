@@ -58,6 +58,7 @@ def _disks(options: argparse.Namespace) -> Iterable[Row]:
 KNOWN: Mapping[str, Benchmark] = {
     **{name: _layer(measure) for name, measure in layer.BENCHMARKS.items()},
     "cpu": Benchmark((cpu.__doc__ or "").strip(), cpu.HEADER, _cpu),
+    "rings": Benchmark((disks.ring.__doc__ or "").strip(), HEADER, lambda options: disks.ring.run()),
     "disks": Benchmark((disks.__doc__ or "").strip(), disks.HEADER, _disks),
 }
 

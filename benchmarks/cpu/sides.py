@@ -101,7 +101,7 @@ class Side:
     def _run(self, kernel: Path, initrd: Path, cmdline: str, cpus: int = 1) -> Ended:
         # Bytecode is cached, as it is for an installed package.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | dict(self.environment)
-        return _run(self.command(kernel, initrd, cmdline, cpus), self.timeout, environment)
+        return run_timed(self.command(kernel, initrd, cmdline, cpus), self.timeout, environment)
 
 
 def kvmpy(backend: str, timeout: float, executor: str | None = None) -> Side:
@@ -129,7 +129,7 @@ def qemu(program: str, timeout: float) -> Side:
 def native(payload: Payload, repeats: int) -> Timed:
     """The same program on the host, without a guest."""
     command = [str(payload.work), "run", str(repeats), str(payload.busybox)]
-    return _timed("native", _run(command, timeout=120))
+    return _timed("native", run_timed(command, timeout=120))
 
 
 def _timed(side: str, ended: Ended) -> Timed:
@@ -175,7 +175,7 @@ def _beside_ram(pid: int) -> int:
     return total
 
 
-def _run(command: list[str], timeout: float, environment: Mapping[str, str] | None = None) -> Ended:
+def run_timed(command: list[str], timeout: float, environment: Mapping[str, str] | None = None) -> Ended:
     """Run a command to its end. Raises BenchmarkError when it fails or takes more than `timeout` seconds."""
     lines: list[Line] = []
     memory = 0

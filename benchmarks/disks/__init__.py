@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks of a guest beside QEMU's: sequential and random requests on raw and on qcow2, on the software CPUs."""
 
+from benchmarks.disks import ring
 from benchmarks.disks.bench import HEADER, ROUNDS, run
 
-__all__ = ["HEADER", "ROUNDS", "run"]
+__all__ = ["HEADER", "ROUNDS", "ring", "run"]

@@ -2,7 +2,7 @@
  *
  * Reads and writes a block device for a while in each of several ways, past the page cache, and says how often:
  *
- *     io DEVICE SECONDS        ->  bench: NAME OPERATIONS SECONDS
+ *     io DEVICE SECONDS        ->  bench: begin, then for each way bench: NAME OPERATIONS SECONDS
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -65,6 +65,8 @@ int main(int argc, char **argv)
         die("memory");
     for (size_t i = 0; i < MIB; i++)
         room[i] = i * 2654435761u >> 13;
+    puts("bench: begin");
+    fflush(stdout);
     for (unsigned w = 0; w < sizeof(ways) / sizeof(*ways); w++) {
         unsigned size = ways[w].size, depth = ways[w].depth;
         uint64_t done = 0, blocks = bytes / size;
