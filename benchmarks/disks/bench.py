@@ -120,7 +120,8 @@ def _cmdline() -> str:
 
 def _kvmpy(kernel: Path, initrd: Path, image: Path, format: str) -> list[str]:
     start = [sys.executable, "-m", "kvmpy", "run", str(kernel), "--initrd", str(initrd), "--append", _cmdline()]
-    return [*start, "--backend", "tcg", "--memory", f"{MEMORY}M", "--transport", "pci", "--disk", f"{image},format={format}", "-q"]
+    disk = ["--transport", "pci", "--disk", f"{image},format={format}", "-q"]
+    return [*start, "--backend", "tcg", "--memory", f"{MEMORY}M", *disk]
 
 
 def _qemu(program: str, kernel: Path, initrd: Path, image: Path, format: str) -> list[str]:
