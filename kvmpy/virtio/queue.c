@@ -140,6 +140,7 @@ int vq_restore(struct vq *q, uint16_t next_avail, uint16_t next_used)
     if (!q->packed) {
         q->next_avail = q->seen = next_avail;
         q->next_used = q->published = q->signalled = next_used;
+        q->signalled_valid = true; /* what was published then was decided about then */
         return 0;
     }
     struct vq_place take = {next_avail & 0x7fff, next_avail >> 15}, give = {next_used & 0x7fff, next_used >> 15};

@@ -15,7 +15,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "fuzz.py"
 NO_COMPILER = 77
 
 
-@pytest.mark.parametrize(("target", "runs"), [("virtio", 60000), ("qcow2", 5000)])
+@pytest.mark.parametrize(("target", "runs"), [("virtio", 20000), ("qcow2", 2000)])
 def test_fixed_seed(target, runs, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     command = [sys.executable, TOOL, target, "--runs", str(runs), "--seed", "1", "--folder", folder]
