@@ -9,13 +9,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.cpu import payload, sides
 from benchmarks.cpu.payload import CONSOLE, BenchmarkError, Payload
 from benchmarks.cpu.sides import Side, Timed
+
+T = TypeVar("T")
 
 ROUNDS = 3
 REPEATS = 5  # of a workload within a guest
@@ -139,15 +142,27 @@ def _measure(
 
 def _turn(side: Side, made: Payload, expected: Timed) -> tuple[Times, Times]:
     """Boot and run the workloads once: the times, and the processor times."""
-    boot = side.boot(made.bzimage, made.initrd, CONSOLE)
-    quick = side.boot(made.bzimage, made.initrd, f"{CONSOLE} cryptomgr.notests")
-    work = side.work(made, REPEATS)
+    boot = _again(side, lambda: side.boot(made.bzimage, made.initrd, CONSOLE))
+    quick = _again(side, lambda: side.boot(made.bzimage, made.initrd, f"{CONSOLE} cryptomgr.notests"))
+    work = _again(side, lambda: side.work(made, REPEATS))
     _check(work, expected, side.name)
-    other = {"scale": side.scale(made, REPEATS), "memory": work.memory / (1 << 20)}
+    other = {"scale": _again(side, lambda: side.scale(made, REPEATS)), "memory": work.memory / (1 << 20)}
     return (
         {"boot": boot.wall, "quick": quick.wall} | other | work.seconds,
         {"boot": boot.cpu, "quick": quick.cpu, "all": work.total} | work.cpu,
     )
+
+
+def _again(side: Side, run: Callable[[], T]) -> T:
+    """A run, as often as this side may fail: QEMU 7.2 panics in every second boot of Linux 6.12."""
+    for left in range(side.attempts - 1, -1, -1):
+        try:
+            return run()
+        except BenchmarkError as error:
+            if not left:
+                raise
+            _tell(f"{error}\n{side.name} failed and may try again, {left} more times")
+    raise AssertionError("a side has at least one attempt")
 
 
 def _row(name: str, title: str, done: list[Round], kvm: Times) -> Row:

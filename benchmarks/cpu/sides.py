@@ -74,6 +74,7 @@ class Side:
     command: Callable[[Path, Path, str, int], list[str]]
     timeout: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    attempts: int = 1  # a peer may fail now and then, we may not
 
     def boot(self, kernel: Path, initrd: Path, cmdline: str) -> Ended:
         """Run a guest that powers off as soon as its init starts."""
@@ -123,7 +124,7 @@ def qemu(program: str, timeout: float) -> Side:
         quiet = ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]
         return [*machine, *quiet, "-kernel", str(kernel), "-initrd", str(initrd), "-append", cmdline]
 
-    return Side("QEMU", command, timeout)
+    return Side("QEMU", command, timeout, attempts=6)
 
 
 def native(payload: Payload, repeats: int) -> Timed:
