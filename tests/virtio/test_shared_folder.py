@@ -16,6 +16,9 @@ from fuse_client import OPEN_IN, ROOT, Client
 from kvmpy.virtio import SharedFolder, _host, folder, fuse
 from kvmpy.virtio.fuse import Op
 
+# The format of the ring makes no difference here; test_virtio_fuzz.py has packed ones.
+pytestmark = pytest.mark.split_ring
+
 
 def names(path):
     return sorted(one.name for one in path.iterdir())
