@@ -190,4 +190,4 @@ bool tcg_hypercall(struct cpu *c)
     c->gpr[RAX] = chosen(c->gpr[RAX]);
     return true;
 }
-void tcg_wake_others(struct cpu *c) { (void)c; }
+void tcg_wake(struct cpu *c) { (void)c; }
