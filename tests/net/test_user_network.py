@@ -4,6 +4,8 @@
 import contextlib
 import hashlib
 import os
+import random
+import select
 import shutil
 import socket
 import struct
@@ -14,7 +16,7 @@ import pytest
 from net_rig import UDHCPC, guest_on
 
 from kvmpy.errors import NetworkError
-from kvmpy.net import Policy, UserNet
+from kvmpy.net import Policy, Tap, UserNet
 
 PEER = r"""
 import hashlib, socket, sys, time
@@ -392,3 +394,55 @@ def test_a_port_that_is_taken():
 def test_wrong_arguments(options, text):
     with pytest.raises(ValueError, match=text):
         UserNet(**options)
+
+
+class Lossy(threading.Thread):
+    """Carries frames between a guest's tap and a network, and loses some of them: always the same ones."""
+
+    def __init__(self, net, tap, percent, seed):
+        super().__init__(daemon=True)
+        self.ends = {net.fd: tap.fd, tap.fd: net.fd}
+        self.percent, self.choice = percent, random.Random(seed)
+        self.stopped = False
+        self.lost = 0
+        for end in (net, tap):
+            end.set_offloads(15)
+        self.start()
+
+    def run(self):
+        while not self.stopped:
+            for fd in select.select(list(self.ends), [], [], 0.05)[0]:
+                with contextlib.suppress(BlockingIOError):
+                    frame = os.read(fd, 70000)
+                    if self.choice.random() * 100 < self.percent:
+                        self.lost += 1
+                    else:
+                        os.write(self.ends[fd], frame)  # with no room it is lost, too
+
+
+def test_lost_frames_are_sent_again(namespace, tmp_path):
+    data = os.urandom(1 << 20) * 4
+    want = hashlib.md5(data).hexdigest()
+    (tmp_path / "data").write_bytes(data)
+    try:
+        tap = Tap("eth0", namespace=namespace.name, addresses="10.0.2.15/24")
+    except NetworkError as error:
+        pytest.skip(str(error))
+    with tap, UserNet(dns=[]) as net, Host(net) as host:
+        wire = Lossy(net, tap, 4, seed=7)
+        try:
+            guest = peer(namespace, "receive", "10.0.2.2", "7000")
+            with host.accept() as sock:
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+                assert sock.recv(100).decode() == want
+            finish(guest)
+            guest = peer(namespace, "send", "10.0.2.2", "7000", str(tmp_path / "data"))
+            with host.accept() as sock:
+                assert receive_all(sock) == want
+                sock.sendall(b"done")
+            assert finish(guest) == "done"
+            assert wire.lost > 5 and net.stats()["tcp_retransmitted"] > 0
+        finally:
+            wire.stopped = True
+            wire.join()

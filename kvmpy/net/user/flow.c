@@ -198,16 +198,21 @@ int ring_used_iov(const struct ring *r, uint32_t skip, uint32_t size, struct iov
     return pieces(r, r->head + skip, size, iov);
 }
 
-bool ring_append(struct ring *r, const uint8_t *data, uint32_t size)
+void ring_put_at(struct ring *r, uint32_t offset, const uint8_t *data, uint32_t size)
 {
     struct iovec iov[2];
-    if (size > RING - r->used)
-        return false;
-    int count = pieces(r, r->head + r->used, size, iov);
+    int count = pieces(r, r->head + r->used + offset, size, iov);
     for (int i = 0; i < count; i++) {
         memcpy(iov[i].iov_base, data, iov[i].iov_len);
         data += iov[i].iov_len;
     }
+}
+
+bool ring_append(struct ring *r, const uint8_t *data, uint32_t size)
+{
+    if (size > RING - r->used)
+        return false;
+    ring_put_at(r, 0, data, size);
     r->used += size;
     return true;
 }

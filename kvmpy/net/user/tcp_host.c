@@ -54,7 +54,8 @@ static void drain(struct stack *s, struct flow *f)
         ring_drop(&t->in, took);
     }
     if (!t->in.used && t->in.data) {
-        ring_put(s, &t->in);
+        if (t->early == t->early_end)
+            ring_put(s, &t->in);
         tcp_host_done(s, f);
     }
     if (!t->guest_fin && tcp_window(f) >= before + RING / 4)
@@ -68,7 +69,10 @@ uint32_t tcp_to_host(struct stack *s, struct flow *f, const uint8_t *data, uint3
     if (!t->in.used && t->can_write) {
         struct iovec iov = {(void *)data, size};
         took = push(s, f, &iov, 1);
-        if (f->dead || took == size)
+        if (f->dead)
+            return took;
+        t->in.head = (t->in.head + took) & (RING - 1); /* places in the ring are those of the sequence */
+        if (took == size)
             return took;
     }
     uint32_t rest = size - took, room = tcp_window(f);
@@ -78,6 +82,38 @@ uint32_t tcp_to_host(struct stack *s, struct flow *f, const uint8_t *data, uint3
     if (t->in.used && t->can_write)
         drain(s, f); /* a short count of send(2) need not mean that it is full */
     return took;
+}
+
+void tcp_keep_early(struct stack *s, struct flow *f, uint32_t seq, const uint8_t *data, uint32_t size)
+{
+    struct tcp *t = &f->tcp;
+    const uint32_t offset = seq - t->rcv, room = tcp_window(f);
+    if (!size || offset >= room || !ring_get(s, &t->in))
+        return;
+    size = size < room - offset ? size : room - offset;
+    if (t->early == t->early_end) {
+        t->early = seq;
+        t->early_end = seq + size;
+    } else if (seq_le(t->early, seq) && seq_le(seq, t->early_end)) { /* it touches what is there */
+        if (seq_lt(t->early_end, seq + size))
+            t->early_end = seq + size;
+    } else {
+        return; /* a second hole: that comes again */
+    }
+    ring_put_at(&t->in, offset, data, size);
+}
+
+uint32_t tcp_take_early(struct stack *s, struct flow *f)
+{
+    struct tcp *t = &f->tcp;
+    if (t->early == t->early_end || seq_lt(t->rcv, t->early))
+        return 0;
+    const uint32_t count = seq_lt(t->rcv, t->early_end) ? t->early_end - t->rcv : 0;
+    t->early = t->early_end = 0;
+    t->in.used += count;
+    if (t->can_write)
+        drain(s, f);
+    return count;
 }
 
 void tcp_host_done(struct stack *s, struct flow *f)

@@ -216,8 +216,10 @@ static void receive(struct stack *s, struct flow *f, struct segment *g)
     if (!g->size && !(g->flags & FIN))
         return;
     tcp_due(s, f);
-    if (seq_lt(t->rcv, g->seq)) { /* after a hole; the guest sends it again from there */
+    if (seq_lt(t->rcv, g->seq)) { /* after a hole */
         s->counts.tcp_out_of_order++;
+        if (!(g->flags & SYN) && !t->guest_fin)
+            tcp_keep_early(s, f, g->seq, g->data, g->size);
         return;
     }
     uint32_t old = t->rcv - g->seq; /* seen before */
@@ -231,7 +233,11 @@ static void receive(struct stack *s, struct flow *f, struct segment *g)
     if (f->dead)
         return;
     t->rcv += took;
-    if (g->flags & FIN && took == g->size) {
+    const uint32_t early = tcp_take_early(s, f);
+    if (f->dead)
+        return;
+    t->rcv += early;
+    if (g->flags & FIN && took == g->size && !early) {
         t->rcv++;
         t->guest_fin = true;
         tcp_host_done(s, f);

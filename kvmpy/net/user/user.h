@@ -142,6 +142,7 @@ struct tcp {
     /* from the guest (RCV.*) */
     uint32_t rcv, told; /* told: the right edge of the window that the guest knows */
     struct ring out, in;
+    uint32_t early, early_end; /* data behind a hole, in `in` at its place already; empty when equal */
     bool can_read, can_write, hangup;
     bool eof;        /* the host's side ended: after `out` comes our FIN */
     bool last_ack;   /* the guest closed first: our FIN is the last word */
@@ -276,6 +277,7 @@ bool ring_get(struct stack *, struct ring *);
 void ring_put(struct stack *, struct ring *);
 int ring_free_iov(const struct ring *, struct iovec iov[2]);
 int ring_used_iov(const struct ring *, uint32_t skip, uint32_t size, struct iovec iov[2]);
+void ring_put_at(struct ring *, uint32_t offset, const uint8_t *data, uint32_t size); /* behind what is used */
 bool ring_append(struct ring *, const uint8_t *data, uint32_t size); /* size fits */
 void ring_drop(struct ring *, uint32_t size);
 
@@ -355,6 +357,8 @@ void tcp_listener_again(struct stack *, struct timer *);
 void tcp_host_ready(struct stack *, struct source *, uint32_t events);
 uint32_t tcp_to_host(struct stack *, struct flow *, const uint8_t *data, uint32_t size);
 void tcp_from_host(struct stack *, struct flow *);
+void tcp_keep_early(struct stack *, struct flow *, uint32_t seq, const uint8_t *data, uint32_t size);
+uint32_t tcp_take_early(struct stack *, struct flow *); /* a hole was filled: how much is in order now */
 void tcp_host_done(struct stack *, struct flow *); /* the guest's FIN: pass it on when the buffer is empty */
 void tcp_output(struct stack *, struct flow *);
 void tcp_begin(struct stack *, struct flow *); /* chooses our first sequence number */
