@@ -63,6 +63,8 @@ def print_table(names: Sequence[str], results: dict[str, dict[str, Ended]]) -> N
         if side != "kvmpy" and ours:
             worse = [n for n in names if not better_or_same(ours.get(n), results[side].get(n))]
             print(f"worse than {side}: {', '.join(worse) if worse else 'none'}")
+            other = [n for n in names if n in ours and n in results[side] and ours[n].output != results[side][n].output]
+            print(f"other output than {side}: {', '.join(other) if other else 'none'}")
 
 
 def main() -> int:
