@@ -3,8 +3,8 @@
 
     python -m benchmarks.suites.kvm_unit_tests DIR [--only NAME ...] [--sides kvmpy,qemu] [--logs DIR] [--json FILE]
 
-DIR is its `x86` directory after a build: `unittests.cfg` and the `.flat` images. Both sides get the same processor:
-the most that they have, and the features that the configuration adds or takes away by name (`-cpu NAME,+a,-b`).
+DIR is its `x86` directory after a build: `unittests.cfg` and the `.flat` images. Processors are:
+kvmpy's "host", QEMU's "max", and the features that the configuration adds or takes away by name (`-cpu NAME,+a,-b`).
 """
 
 from __future__ import annotations
