@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time one whole pass of memtest86+ over a small memory, with its screen on the serial line.
 
-    python -m benchmarks.suites.memtest [--memory 64M] [--cpus 1] [--backend tcg] [--timeout SECONDS]
+python -m benchmarks.suites.memtest [--memory 64M] [--cpus 1] [--backend tcg] [--timeout SECONDS]
 """
 
 from __future__ import annotations
