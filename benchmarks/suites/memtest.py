@@ -13,7 +13,7 @@ import time
 
 from kvmpy import Machine, guests
 
-DONE = re.compile("pass complete", re.IGNORECASE)
+DONE = re.compile(r"Pass:\s+[1-9]")  # how many are done, in the screen's last line
 ERRORS = re.compile(r"Errors:\s*(\d+)")
 CURSOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
