@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
+
+WALL_START = 1_577_836_800 * 10**9  # when deterministic machines begin: 2020-01-01, as in tcg/time.c
 
 
 class Clock(Protocol):
@@ -27,6 +30,19 @@ class HostClock:
 
     def wall_ns(self) -> int:
         return time.time_ns()
+
+
+class GuestClock:
+    """The time of a guest (`now`, in ns): for a deterministic machine, in which no device may look at the host."""
+
+    def __init__(self, now: Callable[[], int]) -> None:
+        self._now = now
+
+    def monotonic_ns(self) -> int:
+        return self._now()
+
+    def wall_ns(self) -> int:
+        return WALL_START + self.monotonic_ns()
 
 
 class FakeClock:

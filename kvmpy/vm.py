@@ -13,10 +13,10 @@ from typing import TypeVar, cast
 
 from kvmpy import _exits as x
 from kvmpy import _kvm
-from kvmpy._constants import KVM_MSR_EXIT_REASON_FILTER
+from kvmpy._constants import KVM_MEM_GUEST_MEMFD, KVM_MSR_EXIT_REASON_FILTER
 from kvmpy.bus import Bus
 from kvmpy.engines import Kvm, open_kvm
-from kvmpy.errors import StateError
+from kvmpy.errors import BackendError, StateError
 from kvmpy.memory import GuestMemory, HugePages, Ram, Region
 from kvmpy.vcpu import Assist, Handlers, Loop, Outcome, Runner, State, Vcpu
 from kvmpy.vcpu.handlers import Handler
@@ -24,22 +24,41 @@ from kvmpy.vcpu.msrs import filter_ranges
 
 H = TypeVar("H", bound=Handler)
 
+CAP_DETERMINISTIC = 0x6B76_0001  # KVMPY_CAP_TCG_DETERMINISTIC (tcg/vm.h)
+
 
 class Vm(_kvm.Vm):
     """A virtual machine: memory, vCPUs, buses and handlers on one engine.
 
     `backend` is "auto", "kvm" or "tcg" ($KVMPY_BACKEND replaces "auto"); `kvm` is an open engine to use
     instead. `assist` says whether the software CPU runs what the kernel's KVM cannot emulate (default: yes, unless
-    `$KVMPY_ASSIST` is 0); it is then `vm.assist`. Raises BackendError when no engine can be used.
+    `$KVMPY_ASSIST` is 0); it is then `vm.assist`.
+
+    `deterministic` is a seed: time is then counted in instructions and RDRAND comes from the seed, so that two runs
+    with the same inputs are the same, instruction by instruction. It needs the software CPU, which "auto" then takes,
+    and one vCPU (docs/software-cpu.md).
+
+    Raises BackendError when no engine can be used, or one that cannot be deterministic.
     """
 
     vcpu_class = Vcpu
 
-    def __init__(self, backend: str = "auto", *, kvm: Kvm | None = None, assist: bool | None = None) -> None:
+    def __init__(
+        self,
+        backend: str = "auto",
+        *,
+        kvm: Kvm | None = None,
+        assist: bool | None = None,
+        deterministic: int | None = None,
+    ) -> None:
         self._own_kvm = kvm is None
-        kvm = kvm if kvm is not None else open_kvm(backend)
+        if kvm is None:
+            kvm = open_kvm("tcg" if deterministic is not None and backend == "auto" else backend)
         try:
             super().__init__(kvm)
+            self.deterministic = deterministic
+            if deterministic is not None:
+                self._make_deterministic(deterministic)
         except BaseException:
             if self._own_kvm:
                 kvm.close()
@@ -51,6 +70,13 @@ class Vm(_kvm.Vm):
         self.handlers = Handlers(self.pio, self.mmio)
         self._vcpus: list[Vcpu] = []  # a processor lives as long as its VM, whoever else holds it
         self._runner: Runner | None = None
+
+    def _make_deterministic(self, seed: int) -> None:
+        if self.backend != "tcg":
+            raise BackendError(f"only the software CPU (tcg) can be deterministic, not {self.backend}")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"deterministic is a seed of 64 bits, not {seed}")
+        self.enable_cap(CAP_DETERMINISTIC, seed)
 
     @property
     def kvm(self) -> Kvm:
@@ -102,6 +128,20 @@ class Vm(_kvm.Vm):
         """Put host memory into a slot, as KVM_SET_USER_MEMORY_REGION (api.rst 4.35); the assist follows."""
         super().set_user_memory_region(slot, gpa, size, hva, flags)
         self.assist.set_slot(slot, gpa, size, hva, flags)
+
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        hva: int,
+        flags: int = 0,
+        guest_memfd: int = -1,
+        guest_memfd_offset: int = 0,
+    ) -> None:
+        """The same as KVM_SET_USER_MEMORY_REGION2 (api.rst 4.140). The assist sees what is shared with the host."""
+        super().set_user_memory_region2(slot, gpa, size, hva, flags, guest_memfd, guest_memfd_offset)
+        self.assist.set_slot(slot, gpa, size, hva, flags & ~KVM_MEM_GUEST_MEMFD)
 
     # Handlers
 

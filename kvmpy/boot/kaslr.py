@@ -13,6 +13,7 @@ Each entry is the low half of a virtual address in the kernel's image. Kernels s
 from __future__ import annotations
 
 import array
+import random
 import secrets
 from dataclasses import dataclass, replace
 from typing import cast
@@ -77,13 +78,15 @@ def wanted(cmdline: str | bytes | None) -> bool:
     return b"nokaslr" not in line.split()
 
 
-def randomize(elf: Elf, kernel: BzImage) -> tuple[Elf, int]:
+def randomize(elf: Elf, kernel: BzImage, seed: int | None = None) -> tuple[Elf, int]:
     """Move a kernel to a random virtual address. Returns it and the distance in bytes, 0 when it stayed.
 
+    The same `seed` chooses the same address; without one nobody can tell.
     Raises BootError for tables that lead outside the kernel.
     """
     tables = find_relocations(elf)
-    distance = secrets.randbelow(slots(elf, kernel)) * kernel.header.kernel_alignment if tables else 0
+    below = secrets.randbelow if seed is None else random.Random(seed).randrange
+    distance = below(slots(elf, kernel)) * kernel.header.kernel_alignment if tables else 0
     return (move(elf, tables, distance), distance) if tables and distance else (elf, 0)
 
 

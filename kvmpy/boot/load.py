@@ -40,6 +40,7 @@ def load(
     decompress: bool | None = False,
     rsdp: int = 0,
     reserved: Iterable[tuple[int, int]] = (),
+    seed: int | None = None,
 ) -> Entry:
     """Put an image into guest memory and say how the first vCPU must start.
 
@@ -51,7 +52,8 @@ def load(
     inside a bzImage and start that, and accept images packed with gzip, xz, bzip2, lzma, lz4 or zstd; None: start
     the vmlinux where that can be done, else leave it to the kernel.
     rsdp: where the ACPI tables begin, 0 to let the kernel look for them. reserved: further (address, size)
-    ranges, in bytes, that the memory map declares taken.
+    ranges, in bytes, that the memory map declares taken. seed: where an unpacked kernel goes is chosen by it
+    (deterministic machines), else at random.
 
     Nothing is written unless everything fits. Raises BootError with the numbers, and ValueError for arguments
     that do not go together.
@@ -78,6 +80,7 @@ def load(
         modules=read_modules(modules, limit),
         rsdp=rsdp,
         decompress=decompress,
+        seed=seed,
     )
     if format == "flat":
         result = job.flat(load_address, entry, mode)
@@ -142,6 +145,7 @@ class _Job:
     modules: list[tuple[Image, str]]
     rsdp: int
     decompress: bool | None
+    seed: int | None
 
     def run(self, format: str) -> Entry:
         match format:
@@ -206,7 +210,7 @@ class _Job:
         self.takes_no_modules()
         distance = 0
         if header is not None and kaslr.wanted(self.cmdline):
-            elf, distance = kaslr.randomize(elf, header)
+            elf, distance = kaslr.randomize(elf, header, self.seed)
         result = linux.load_vmlinux(
             elf,
             self.space,

@@ -97,6 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="processor engine (default auto, see kvmpy doctor)")  # fmt: skip
     machine.add_argument("--no-assist", action="store_true",
                          help="stop at what KVM cannot emulate, instead of asking the software CPU")  # fmt: skip
+    machine.add_argument("--deterministic", metavar="SEED", type=inputs.number,
+                         help="count time in instructions: two runs are the same (tcg, one processor)")  # fmt: skip
     machine.add_argument("--no-acpi", action="store_true", help="no ACPI tables")
     machine.add_argument("--rng", action="store_true", help="a source of entropy for the guest")
     machine.add_argument("--triple-fault", choices=("error", "reset"), default="error",
@@ -211,6 +213,7 @@ def _config(options: argparse.Namespace) -> Config:
             cpus=options.cpus,
             backend=options.backend,
             assist=False if options.no_assist else None,
+            deterministic=options.deterministic,
             cpu=options.cpu,
             kernel=kernel,
             initrd=initrd,

@@ -32,7 +32,8 @@ class Config:
     """A machine's configuration. Sizes are bytes or text like "512M".
 
     memory: guest RAM. cpus: how many. backend: "auto", "kvm" or "tcg". assist: whether
-    the software CPU runs what KVM cannot emulate (None: yes, unless $KVMPY_ASSIST is 0). cpu: CPUID
+    the software CPU runs what KVM cannot emulate (None: yes, unless $KVMPY_ASSIST is 0). deterministic: a seed; time
+    is counted in instructions, so that two runs are the same (software CPU, one processor; see `kvmpy.Vm`). cpu: CPUID
     policy, e.g. "host,-avx2".
     kernel, initrd, cmdline, modules: what to boot directly; firmware: a BIOS ROM instead. image_format,
     load_address, entry, mode: how to load an image that does not say it itself. decompress: unpack a kernel on the host
@@ -54,6 +55,7 @@ class Config:
     cpus: int = 1
     backend: str = "auto"
     assist: bool | None = None
+    deterministic: int | None = None
     cpu: str = "host"
     kernel: Path | None = None
     initrd: Path | None = None
@@ -96,6 +98,8 @@ class Config:
             raise ValueError("initrd, modules and cmdline go with a kernel, not with a firmware")
         if self.floppy is not None and self.firmware is None:
             raise ValueError("a floppy needs a firmware that boots from it, such as SeaBIOS")
+        if self.deterministic is not None and self.cpus != 1:
+            raise ValueError(f"a deterministic machine has one processor, not {self.cpus}")
         if self.triple_fault not in ("error", "reset"):
             raise ValueError(f'triple_fault is "error" or "reset", not {self.triple_fault!r}')
         if self.transport not in (None, "mmio", "pci"):

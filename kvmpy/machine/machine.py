@@ -14,6 +14,7 @@ from kvmpy.arch.entry import Entry
 from kvmpy.boot import load
 from kvmpy.boot.cpuid import CpuidPolicy
 from kvmpy.chardev import CharBackend, Console
+from kvmpy.clock import GuestClock
 from kvmpy.errors import StateError
 from kvmpy.irq import GsiLine
 from kvmpy.machine import tables
@@ -48,14 +49,14 @@ class Machine:
         self._failure: BaseException | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(self._console.close)
-            self.vm = undo.enter_context(Vm(config.backend, assist=config.assist))
+            self.vm = undo.enter_context(Vm(config.backend, assist=config.assist, deterministic=config.deterministic))
             self._add_chips()
             self._add_memory()
             # PCI's pins are shared and level-triggered; several functions may hold one up.
             bus = PciBus(self.vm.mmio, [GsiLine(self.vm, gsi) for gsi in layout.IRQ_PCI]) if config.pci else None
             self.board = Board(
                 self.vm,
-                clock=config.clock,
+                clock=config.clock if config.deterministic is None else GuestClock(lambda: int(self.vm.clock.clock)),
                 console=self._console,
                 debugcon=config.debugcon,
                 testdev=config.testdev,
@@ -240,6 +241,7 @@ class Machine:
             format=config.image_format,
             decompress=False if config.decompress is None and self.backend != "tcg" else config.decompress,
             rsdp=rsdp,
+            seed=config.deterministic,
         )
 
     def _triple_fault(self, exit: x.Shutdown) -> Outcome:

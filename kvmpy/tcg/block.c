@@ -23,6 +23,7 @@
  */
 #include "core.h"
 #include "jit.h"
+#include "xstate.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -199,6 +200,7 @@ again:
             break;
         if (decode_insn(copy + bytes, avail - bytes, mode, c->features, bytes, &d[n]) == DECODE_MORE)
             break;
+        xstate_zero_upper(c, &d[n]);
         bytes += d[n].uop.len;
         uops += 1 + d[n].has_prefix;
         end = d[n].end;
@@ -219,6 +221,7 @@ again:
         for (unsigned i = 0; i < 16; i++)
             bytes2[avail + i] = copy[avail + i] = ((volatile uint8_t *)host2)[i];
         decode_insn(bytes2, avail + 16, mode, c->features, 0, &d[0]);
+        xstate_zero_upper(c, &d[0]);
         bytes = d[0].uop.len;
         uops = 1 + d[0].has_prefix;
         end = d[0].end;

@@ -81,12 +81,16 @@ static inline void cpu_rf_loaded(struct cpu *c)
         c->sysflags &= ~(uint32_t)FL_RF;
 }
 
-/* The block ends before `next`. Host code counts otherwise: its micro-ops are not in c->block. */
+/* The block ends before `next`: it and what follows do not count as executed. Time is counted in instructions in
+ * deterministic mode, so it must not depend on when somebody asked for a stop. Host code counts otherwise: its micro-ops
+ * are not in c->block. */
 static inline void give_back_budget(struct cpu *c, const struct uop *next)
 {
     if (!c->block || next < c->block->uops || next >= c->block->uops + c->block->nuop)
         return;
-    int64_t done = next - c->block->uops;
+    int64_t done = 0;
+    for (const struct uop *u = c->block->uops; u < next; u++)
+        done += u->len != 0; /* prefix micro-ops are no instructions */
     if (done < c->block->ninsn)
         c->budget += c->block->ninsn - done;
 }

@@ -261,7 +261,9 @@ struct cpu {
     _Atomic uint64_t monitor; /* MONITOR: physical address of the line, bit 0 set; 0: not armed, or written since */
     bool mwait_break;      /* MWAIT with ECX[0]: an interrupt ends it although IF is 0 */
     uint32_t assist_left;  /* emulation assist: instructions to run before TCG_STOP_HANDBACK; 0: no limit */
-    bool assist_partial;   /* XCR0 of the assisted guest has components that are not here: no XSAVE family */
+    bool assist_partial;   /* XCR0 of the assisted guest has components that are not even carried: no XSAVE family */
+    uint64_t carried, carried_inuse; /* XSAVE components kept as bytes for the assisted processor (xstate.h), by XCR0 bit */
+    uint8_t *carried_area; /* standard format */
     uint64_t insns_end;    /* cpu_insns() when budget reaches 0 */
     uint64_t deadline;     /* deterministic mode: TCG_STOP_CANCEL when cpu_insns() reaches this; ~0: never */
     const volatile uint8_t *immediate_exit; /* &run->immediate_exit, polled every 2^16 instructions; may be NULL */

@@ -17,6 +17,7 @@
 #include "core.h"
 #include "fphost.h"
 #include "jit.h"
+#include "xstate.h"
 
 #include <errno.h>
 #include <linux/kvm.h>
@@ -27,6 +28,7 @@
 OP(resync)
 {
     c->rip = RIP_OF(c, u);
+    give_back_budget(c, u);
     LEAVE;
 }
 
@@ -120,8 +122,6 @@ void cpu_update_mode(struct cpu *c)
     c->stack_mask = is64 ? ~0ull : m & MODE_STACK32 ? 0xffffffff : 0xffff;
     for (int i = SEG_ES; i <= SEG_GS; i++)
         c->segbase[i] = is64 && i < SEG_FS ? 0 : c->seg[i].base;
-    if (unlikely(c->assist_left) && c->cpl == 3)
-        c->budget = 0; /* user code may use what only the other processor has (AVX-512), and runs at full speed there */
     bool ac = c->sysflags & FL_AC;
     c->tlb = &c->tlbs[c->cpl == 3 ? (ac && (c->cr0 & CR0_AM) ? MMU_USER_AC : MMU_USER) : ac ? MMU_KERNEL_AC : MMU_KERNEL];
     c->xtlb = &c->tlbs[c->cpl == 3 ? MMU_USER : MMU_KERNEL];
@@ -552,6 +552,7 @@ void cpu_free(struct cpu *c)
     if (c->vm)
         detach(c, c->vm);
     block_free(c);
+    xstate_free(c);
     pcid_free(c);
     pthread_mutex_destroy(&c->inval_lock);
 }

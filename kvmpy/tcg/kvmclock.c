@@ -81,8 +81,9 @@ void kvmclock_refresh(struct tcg_vm *vm)
 
 long kvmclock_get(struct tcg_vm *vm, struct kvm_clock_data *data)
 {
+    uint64_t wall = vm->clock.manual ? vm->wall_start + clock_now(&vm->clock) : clock_host_wall();
     *data = (struct kvm_clock_data){
-        .clock = kvmclock_now(vm), .realtime = clock_host_wall(), .flags = KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME,
+        .clock = kvmclock_now(vm), .realtime = wall, .flags = KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME,
     };
     return 0;
 }

@@ -97,6 +97,7 @@ uint64_t vcpu_tsc_to_clock(struct vcpu *vcpu, uint64_t tsc)
 
 uint64_t tcg_rdtsc(struct cpu *c)
 {
+    time_sync(vcpu_of(c));
     return vcpu_tsc(vcpu_of(c));
 }
 
@@ -411,6 +412,7 @@ static int refuse(struct cpu *c, uint32_t reason)
 int tcg_rdmsr(struct cpu *c, uint32_t index, uint64_t *value)
 {
     struct vcpu *vcpu = vcpu_of(c);
+    time_sync(vcpu);
     if (!msr_allowed(vcpu->vm, index, false))
         return refuse(c, KVM_MSR_EXIT_REASON_FILTER);
     int result = msr_read(vcpu, index, value, false);
@@ -422,6 +424,7 @@ int tcg_rdmsr(struct cpu *c, uint32_t index, uint64_t *value)
 int tcg_wrmsr(struct cpu *c, uint32_t index, uint64_t value)
 {
     struct vcpu *vcpu = vcpu_of(c);
+    time_sync(vcpu);
     if (!msr_allowed(vcpu->vm, index, true))
         return refuse(c, KVM_MSR_EXIT_REASON_FILTER);
     int result = msr_write(vcpu, index, value, false);

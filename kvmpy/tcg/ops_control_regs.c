@@ -5,6 +5,7 @@
  * consequences: mode, TLB flush, PDPTE load.
  */
 #include "op.h"
+#include "xstate.h"
 
 #include <sys/random.h>
 
@@ -112,7 +113,10 @@ int cpu_set_efer(struct cpu *c, uint64_t v)
 int cpu_set_xcr0(struct cpu *c, uint64_t v)
 {
     uint64_t may = 3 | (feature(c, FEAT_AVX) ? 4 : 0) | (feature(c, FEAT_PKU) ? 0x200 : 0);
+    may |= c->carried;
     if (v & ~may || !(v & 1) || ((v & 4) && !(v & 2)))
+        return 1;
+    if ((v & XSTATE_AVX512) && ((v & XSTATE_AVX512) != XSTATE_AVX512 || !(v & 4)))
         return 1;
     c->xcr0 = v;
     cpu_update_mode(c);

@@ -232,6 +232,7 @@ static inline __attribute__((always_inline)) bool string(struct cpu *c, const st
         turns += k > 1 ? 256 : 1;
         if (x.single || c->io.answered || (turns >= 256 && atomic_load_explicit(&c->request, memory_order_relaxed))) {
             c->rip = RIP_OF(c, u);
+            give_back_budget(c, u); /* however often it is interrupted, it counts once, in step mode too */
             return false;
         }
         if (turns >= 256)

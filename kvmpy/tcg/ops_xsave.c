@@ -4,15 +4,17 @@
  *
  * Layout: SDM vol. 1 chapter 13. Components: 0 x87 and 1 SSE in the 512-byte legacy area, 2 AVX at 576, 9 PKRU at 2688
  * (the offset of real processors). The area is made in a local buffer and goes to memory as a whole, so a fault
- * changes nothing. XSAVEOPT may always save as XSAVE does; XINUSE is "everything", which the manual allows.
+ * changes nothing. XSAVEOPT may always save as XSAVE does; XINUSE is "everything", which the manual allows, but for
+ * the components that are only carried for an assisted processor (xstate.h), whose XINUSE is known.
  */
 #include "fphost.h"
 #include "op.h"
+#include "xstate.h"
 
-#define X87 1u
-#define SSE 2u
-#define AVX 4u
-#define PKRU 0x200u
+#define X87 XSTATE_X87
+#define SSE XSTATE_SSE
+#define AVX XSTATE_AVX
+#define PKRU XSTATE_PKRU
 #define AREA 2696
 #define OFF_AVX 576
 #define OFF_PKRU 2688
@@ -89,6 +91,7 @@ void cpu_xsave_store(const struct cpu *c, uint8_t *a, uint64_t rfbm)
     memset(a + 512, 0, 64);
     uint64_t bv = rfbm & (X87 | SSE | AVX | PKRU);
     memcpy(a + 512, &bv, 8);
+    xstate_store_carried(c, a);
 }
 
 int cpu_xsave_load(struct cpu *c, const uint8_t *a, uint64_t rfbm)
@@ -97,7 +100,7 @@ int cpu_xsave_load(struct cpu *c, const uint8_t *a, uint64_t rfbm)
     uint32_t mxcsr;
     memcpy(&bv, a + 512, 8);
     memcpy(&mxcsr, a + 24, 4);
-    if (bv & ~(uint64_t)(X87 | SSE | AVX | PKRU) || mxcsr & ~0xffffu)
+    if (bv & ~(X87 | SSE | AVX | PKRU | c->carried) || mxcsr & ~0xffffu)
         return 1;
     if (rfbm & X87) {
         if (bv & X87)
@@ -138,6 +141,20 @@ static void available(struct cpu *c, const struct uop *u)
 static uint64_t requested(const struct cpu *c) { return (c->gpr[RDX] << 32 | (uint32_t)c->gpr[RAX]) & c->xcr0; }
 static bool rexw(const struct cpu *c, const struct uop *u) { return u->imm & 1 && code64(c); }
 
+/* The carried components go as they are; none is longer than a page. */
+static void save_carried(struct cpu *c, const struct uop *u, uint64_t lin, uint64_t bits, uint64_t comp, bool check)
+{
+    for (; bits; bits &= bits - 1) {
+        unsigned bit = (unsigned)__builtin_ctzll(bits);
+        struct xcomponent x = xstate_component(bit);
+        uint64_t to = lin + xstate_offset(comp, bit);
+        if (check)
+            mem_check_write(c, u, to, x.size, 0);
+        else
+            mem_write_bytes(c, u, to, c->carried_area + x.offset, x.size);
+    }
+}
+
 static void save(struct cpu *c, const struct uop *u, bool compact)
 {
     uint8_t a[AREA];
@@ -150,27 +167,42 @@ static void save(struct cpu *c, const struct uop *u, bool compact)
     mem_read_bytes(c, u, lin, a, 576); /* parts that are not saved keep what memory has */
     store_parts(c, a, rfbm, rexw(c, u), xmms);
     memcpy(&bv, a + 512, 8);
-    bv = compact ? rfbm : (bv & ~rfbm) | rfbm;
+    uint64_t carried = rfbm & c->carried, comp = compact ? rfbm | 1ull << 63 : 0;
+    bv = (compact ? 0 : bv & ~rfbm) | (rfbm & ~carried) | (carried & c->carried_inuse);
     memcpy(a + 512, &bv, 8);
     if (compact) {
-        uint64_t comp = rfbm | 1ull << 63;
         memset(a + 520, 0, 56);
         memcpy(a + 520, &comp, 8);
     }
     uint8_t avx[256];
     for (unsigned i = 0; i < 16; i++)
         memcpy(avx + 16 * i, c->v[i].b + 16, 16);
-    uint64_t off_avx = OFF_AVX, off_pkru = compact ? 576u + (rfbm & AVX ? 256 : 0) : OFF_PKRU;
+    uint64_t off_avx = OFF_AVX, off_pkru = xstate_offset(comp, 9);
     uint64_t pkru = c->pkru;
     if (rfbm & AVX)
         mem_check_write(c, u, lin + off_avx, 16 * xmms, 0);
     if (rfbm & PKRU)
         mem_check_write(c, u, lin + off_pkru, 8, 0);
+    save_carried(c, u, lin, carried, comp, true);
     mem_write_bytes(c, u, lin, a, end);
     if (rfbm & AVX)
         mem_write_bytes(c, u, lin + off_avx, avx, 16 * xmms);
     if (rfbm & PKRU)
         mem_write_bytes(c, u, lin + off_pkru, &pkru, 8);
+    save_carried(c, u, lin, carried, comp, false);
+}
+
+/* Reads all before it changes anything; what is not asked for stays. */
+static void restore_carried(struct cpu *c, const struct uop *u, uint64_t lin, uint64_t rfbm, uint64_t bv, uint64_t comp)
+{
+    uint8_t area[XSTATE_AREA];
+    memcpy(area, c->carried_area, sizeof area);
+    for (uint64_t bits = c->carried & rfbm & bv; bits; bits &= bits - 1) {
+        unsigned bit = (unsigned)__builtin_ctzll(bits);
+        struct xcomponent x = xstate_component(bit);
+        mem_read_bytes(c, u, lin + xstate_offset(comp, bit), area + x.offset, x.size);
+    }
+    xstate_load_carried(c, area, (bv & rfbm) | (c->carried_inuse & ~rfbm));
 }
 
 static void restore(struct cpu *c, const struct uop *u, bool compact_only)
@@ -203,8 +235,11 @@ static void restore(struct cpu *c, const struct uop *u, bool compact_only)
     }
     if (rfbm & bv & AVX)
         mem_read_bytes(c, u, lin + OFF_AVX, a + OFF_AVX, code64(c) ? 256 : 128);
+    comp = compact ? comp : 0;
     if (rfbm & bv & PKRU)
-        mem_read_bytes(c, u, lin + (compact ? 576 + (comp & AVX ? 256 : 0) : OFF_PKRU), a + OFF_PKRU, 8);
+        mem_read_bytes(c, u, lin + xstate_offset(comp, 9), a + OFF_PKRU, 8);
+    if (unlikely(c->carried & rfbm))
+        restore_carried(c, u, lin, rfbm, bv, comp);
     uint32_t old = c->pkru;
     if (!code64(c)) { /* XMM8-15 are out of reach */
         for (unsigned i = 8; i < 16; i++) {

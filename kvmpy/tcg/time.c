@@ -9,6 +9,8 @@
 
 #include "vm.h"
 
+#define WALL_START 1577836800000000000ull /* 2020-01-01, in nanoseconds: any fixed date will do */
+
 void time_sync(struct vcpu *vcpu)
 {
     struct tcg_vm *vm = vcpu->vm;
@@ -67,7 +69,7 @@ long time_make_deterministic(struct tcg_vm *vm, uint64_t seed)
     clock_init(&vm->clock, true);
     vm->timers.deterministic_wake = plan_again;
     vm->timers.opaque = vm;
-    vm->wall_start = seed; /* any fixed date will do */
+    vm->wall_start = WALL_START;
     pthread_mutex_unlock(&vm->chips_lock);
     vm->core.deterministic = true;
     vm->core.seed = seed;

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "vm.h"
+#include "xstate.h"
 
 /* ---- life ---- */
 
@@ -294,10 +295,12 @@ static long plain_ioctl(struct vcpu *vcpu, unsigned long request, uintptr_t arg)
 
 static long enable_cap(struct vcpu *vcpu, const struct kvm_enable_cap *cap)
 {
-    if (cap->cap != KVMPY_CAP_TCG_ASSIST || cap->flags || !cap->args[0] || cap->args[0] > 1u << 31 || cap->args[1] > 1)
+    if (cap->cap != KVMPY_CAP_TCG_ASSIST || cap->flags || !cap->args[0] || cap->args[0] > 1u << 31 || cap->args[2] > 1)
         return -EINVAL;
+    if (cap->args[1])
+        xstate_carry(&vcpu->cpu, cap->args[1]);
     vcpu->pending_io = vcpu->pending_hypercall = false; /* the other engine goes on with what the last assist stopped at */
-    cpu_assist(&vcpu->cpu, cap->args[0], cap->args[1]);
+    cpu_assist(&vcpu->cpu, cap->args[0], cap->args[2]);
     return 0;
 }
 

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "vm.h"
+#include "xstate.h"
 
 void state_get_regs(struct vcpu *vcpu, struct kvm_regs *regs)
 {
@@ -79,8 +80,7 @@ enum { XSTATE_BV = 512, XCOMP_BV = 520, MXCSR = 24 };
 #define XCR0_SSE 2u
 #define XCR0_AVX 4u
 
-/* XCR0 bits that this processor has (CPUID 0xD). */
-static uint64_t supported_xcr0(void)
+static uint64_t find_supported_xcr0(void)
 {
     struct kvm_cpuid_entry2 entries[256];
     uint32_t count = cpu_supported_cpuid(entries, 256);
@@ -88,6 +88,16 @@ static uint64_t supported_xcr0(void)
         if (entries[i].function == 0xD && entries[i].index == 0)
             return entries[i].eax | (uint64_t)entries[i].edx << 32;
     return XCR0_X87 | XCR0_SSE;
+}
+
+/* XCR0 bits that this processor has (CPUID 0xD). Asked once: under a hypervisor each of the host's CPUID is an exit. */
+static uint64_t supported_xcr0(void)
+{
+    static _Atomic uint64_t known;
+    uint64_t value = atomic_load_explicit(&known, memory_order_relaxed);
+    if (!value)
+        atomic_store_explicit(&known, value = find_supported_xcr0(), memory_order_relaxed);
+    return value;
 }
 
 void state_get_xsave(struct vcpu *vcpu, struct kvm_xsave *xsave)
@@ -99,14 +109,18 @@ void state_get_xsave(struct vcpu *vcpu, struct kvm_xsave *xsave)
 long state_set_xsave(struct vcpu *vcpu, const struct kvm_xsave *xsave)
 {
     const uint8_t *area = (const uint8_t *)xsave->region;
+    struct cpu *c = &vcpu->cpu;
     uint64_t present, compacted, supported = supported_xcr0();
     uint32_t mxcsr;
     memcpy(&present, area + XSTATE_BV, 8);
     memcpy(&compacted, area + XCOMP_BV, 8);
     memcpy(&mxcsr, area + MXCSR, 4);
-    if ((present & ~supported) || compacted || (mxcsr & ~0xFFFFu))
+    if ((present & ~(supported | c->carried)) || compacted || (mxcsr & ~0xFFFFu))
         return -EINVAL;
-    return cpu_xsave_load(&vcpu->cpu, area, supported) ? -EINVAL : 0;
+    if (cpu_xsave_load(c, area, supported))
+        return -EINVAL;
+    xstate_load_carried(c, area, present);
+    return 0;
 }
 
 void state_get_xcrs(struct vcpu *vcpu, struct kvm_xcrs *xcrs)
@@ -125,7 +139,7 @@ long state_set_xcrs(struct vcpu *vcpu, const struct kvm_xcrs *xcrs)
             continue;
         uint64_t value = xcrs->xcrs[i].value;
         bool avx_alone = (value & XCR0_AVX) && !(value & XCR0_SSE);
-        if (!(value & XCR0_X87) || (value & ~supported_xcr0()) || avx_alone)
+        if (!(value & XCR0_X87) || (value & ~(supported_xcr0() | vcpu->cpu.carried)) || avx_alone)
             return -EINVAL;
         vcpu->cpu.xcr0 = value;
         cpu_update(&vcpu->cpu);

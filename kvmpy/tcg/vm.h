@@ -42,8 +42,10 @@
 /* Beyond the kernel's capabilities: time counted in instructions, RDRAND seeded by args[0]; one vCPU (time.c). */
 #define KVMPY_CAP_TCG_DETERMINISTIC 0x6B760001
 /* Of a vCPU: its next KVM_RUN is an emulation assist. It returns with KVM_EXIT_INTR after about args[0] instructions
- * (at least one, at most 2^31), or before one that only the engine that is assisted can run. args[1] 1: the guest's XCR0
- * has components that were not moved here, so the XSAVE family and XSETBV are such instructions too. */
+ * (at least one, at most 2^31), or before one that only the engine that is assisted can run. args[1], once: XCR0
+ * components of that engine's processor; those that this one lacks it carries as bytes from then on (KVM_GET/SET_XSAVE,
+ * the XSAVE family), when they fit struct kvm_xsave. args[2] 1: the guest has state that was not moved here, so the
+ * XSAVE family and XSETBV are left to the other engine. */
 #define KVMPY_CAP_TCG_ASSIST 0x6B760002
 
 struct slot_table;

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvmpy.vcpu.assist")
 
-STRETCH = 200_000  # instructions: well under a millisecond, and more than the two moves of state cost
+STRETCH = 400_000  # instructions: about a millisecond, somewhat more than the moves of state and the zap cost
 EMULATION = 1      # KVM_INTERNAL_ERROR_EMULATION
 CAP_ASSIST = 0x6B76_0002  # KVMPY_CAP_TCG_ASSIST (tcg/vm.h)
 PAGE = 4096
@@ -54,9 +54,9 @@ _KERNEL_GS_BASE = 0xC000_0102
 _MSRS = (0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0x174, 0x175, 0x176, 0xC000_0103, 0xDA0, _KERNEL_GS_BASE)
 
 _XSTATE_BV = slice(512, 520)
-# Where the XSAVE area has what, by XCR0 bit (SDM vol. 1, 13.4).
-_COMPONENTS = {1: ((0, 24), (32, 160)), 2: ((24, 32), (160, 416)), 4: ((576, 832),)}
 _PKRU = 1 << 9
+# Where the XSAVE area has what, by XCR0 bit (SDM vol. 1, 13.4).
+_PLACES = {1: ((0, 24), (32, 160)), 2: ((24, 32), (160, 416)), 4: ((576, 832),), _PKRU: ((2688, 2696),)}
 
 _UNDEFINED = (b"\x0f\x0b", b"\x0f\xb9", b"\x0f\xff")  # UD2, UD1, UD0: #UD is what the guest wants
 _UD = 6
@@ -208,6 +208,12 @@ class _Partner:
         leaf = next((e for e in entries if e.function == 0xD and e.index == 0), None)
         self._components = (leaf.eax if leaf is not None else 3) & ~_PKRU
         self._components |= _pkru_in_place(entries, vcpu.cpuid)
+        self._places = {bit: places for bit, places in _PLACES.items() if self._components & bit}
+        carried = _carried(vcpu.vm.kvm.get_supported_cpuid())
+        if carried:
+            self._cpu.enable_cap(CAP_ASSIST, 1, sum(carried))
+            self._components |= sum(carried)
+            self._places |= carried
         known = set(vcpu.vm.kvm.get_msr_index_list()) & set(software.kvm.get_msr_index_list())
         self._msrs = [index for index in _MSRS if index in known]
         self._debug: object = None
@@ -236,13 +242,13 @@ class _Partner:
         cpu.debugregs = vcpu.debugregs
         cpu.regs = before
         cpu.vcpu_events = events
-        cpu.enable_cap(CAP_ASSIST, 1 if vcpu.debug else stretch, bool(enabled & ~self._components))
+        cpu.enable_cap(CAP_ASSIST, 1 if vcpu.debug else stretch, 0, int(enabled & ~self._components != 0))
         exit = cpu.run()
         after = cpu.regs
         if isinstance(exit, x.InternalError) or (after == before and not isinstance(exit, (x.Debug, x.Shutdown))):
             log.warning("the software CPU gets no further either: %r", exit)
             if enabled & ~self._components:
-                log.warning("it lacks state of the guest's XCR0 %#x (AVX-512?), so it leaves XSAVE alone", enabled)
+                log.warning("it lacks state of the guest's XCR0 %#x (AMX?), so it leaves XSAVE alone", enabled)
             return None
         state = cpu.sregs2
         now = cpu.xcrs.xcrs[0].value
@@ -272,13 +278,21 @@ class _Partner:
         present = int.from_bytes(raw[_XSTATE_BV], "little") & ~self._components
         present |= int.from_bytes(new[_XSTATE_BV], "little") & self._components
         raw[_XSTATE_BV] = present.to_bytes(8, "little")
-        parts = dict(_COMPONENTS)
-        parts[_PKRU] = ((2688, 2696),)
-        for bit, places in parts.items():
-            if self._components & bit:
-                for start, end in places:
-                    raw[start:end] = new[start:end]
+        for places in self._places.values():
+            for start, end in places:
+                raw[start:end] = new[start:end]
         return Xsave.from_bytes(bytes(raw))
+
+
+def _carried(entries: list[CpuidEntry2]) -> dict[int, tuple[tuple[int, int]]]:
+    """The components that the software CPU only carries (tcg/xstate.c), by XCR0 bit, and where they lie."""
+    # It has x87, SSE, AVX and PKRU (9) itself.
+    components = [e for e in entries if e.function == 0xD and 2 < e.index < 63 and e.index != 9]
+    return {
+        1 << e.index: ((e.ebx, e.ebx + e.eax),)
+        for e in components
+        if e.eax and not e.ecx & 1 and e.ebx >= 832 and e.ebx + e.eax <= PAGE
+    }
 
 
 def _raise_ud(vcpu: Vcpu) -> None:

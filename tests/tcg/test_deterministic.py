@@ -6,8 +6,10 @@ from __future__ import annotations
 import pytest
 
 import kvmpy
+from kvmpy import guests
+from kvmpy.guests.init import parameters
+from tests.conftest import why_not
 
-DETERMINISTIC = 0x6B760001  # KVMPY_CAP_TCG_DETERMINISTIC in tcg/vm.h
 # The master PIC at vector 0x20 with only IRQ 0 open; PIT counter 0 in mode 2 with 0x1000; sti; then count in AX.
 CODE = bytes.fromhex(
     "b011e620 b020e621 b004e621 b001e621 b0fee621 b034e643 b000e640 b010e640 fb 83c001 ebfb".replace(" ", "")
@@ -17,8 +19,7 @@ HANDLER = bytes.fromhex("50 0f31 66e710 b020e620 58 cf".replace(" ", ""))
 
 
 def run_once(seed):
-    with kvmpy.Vm("tcg") as vm:
-        vm.enable_cap(DETERMINISTIC, seed)
+    with kvmpy.Vm("tcg", deterministic=seed) as vm:
         vm.create_irqchip()
         vm.create_pit2()
         vm.add_ram(0, size=0x10000)
@@ -40,8 +41,7 @@ def test_two_runs_are_the_same(requires_tcg):
 
 
 def test_only_one_vcpu(requires_tcg):
-    with kvmpy.Vm("tcg") as vm:
-        vm.enable_cap(DETERMINISTIC, 1)
+    with kvmpy.Vm("tcg", deterministic=1) as vm:
         vm.create_vcpu()
         with pytest.raises(OSError, match="KVM_CREATE_VCPU"):
             vm.create_vcpu()
@@ -50,3 +50,38 @@ def test_only_one_vcpu(requires_tcg):
 @pytest.fixture
 def requires_tcg():
     pytest.importorskip("kvmpy.tcg._tcg")
+
+
+def test_the_option_of_vm_takes_the_software_cpu(requires_tcg):
+    with kvmpy.Vm(deterministic=5) as vm:
+        assert (vm.backend, vm.deterministic) == ("tcg", 5)
+        assert vm.clock.clock == 0
+
+
+def test_only_the_software_cpu(requires_tcg):
+    if reason := why_not("kvm"):
+        pytest.skip(f"kvm: {reason}")
+    with pytest.raises(kvmpy.BackendError, match="only the software CPU"):
+        kvmpy.Vm("kvm", deterministic=1)
+
+
+def test_a_machine_has_one_processor():
+    with pytest.raises(ValueError, match="one processor"):
+        kvmpy.Machine(kernel="vmlinuz", cpus=2, deterministic=1)
+
+
+def test_linux_boots_twice_the_same_way(requires_tcg):
+    guest = guests.find("debian-6.1")
+    if guest is None:
+        pytest.skip("no debian-6.1 here; `kvmpy guest get debian-6.1` fetches it")
+    command = parameters("cat /proc/uptime /proc/interrupts; date; od -N 16 /dev/urandom")
+
+    def boot():
+        words = f"{guest.cmdline} {command}"
+        with kvmpy.Machine(kernel=guest.kernel, initrd=guest.initrd, cmdline=words, deterministic=3) as machine:
+            assert machine.wait(300).reason == "poweroff"
+            return machine.console.transcript, machine.vm.clock.clock
+
+    first = boot()
+    assert "exit status 0" in first[0]
+    assert boot() == first  # times of the kernel's log, interrupts, random numbers, and the last instruction

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The emulation assist: guests with instructions that a KVM may not emulate end as they do on the software CPU."""
 
+import contextlib
+
 import pytest
 
 from kvmpy import Outcome, Vm
 from kvmpy.errors import EmulationFailure
-from kvmpy.memory import DirtyLog
+from kvmpy.memory import DirtyLog, Ram
 from tests.conftest import why_not
 
 CODE, DATA, STACK, SIZE = 0x1_0000, 0x3_0000, 0x2_0000, 0x20_0000
@@ -205,3 +207,70 @@ def test_a_handler_for_the_exit_comes_first(guest):
         pytest.skip("this KVM runs cmpxchg16b by itself")
     assert outcome == Outcome("mine")
     assert not vm.assist.counts
+
+
+def test_slots_of_the_second_ioctl_are_known_too(guest):
+    vm = guest("kvm", STORE_NEW + CMPXCHG16B + HLT)
+    if not vm.check_extension("USER_MEMORY2"):
+        pytest.skip("no KVM_CAP_USER_MEMORY2")
+    code = bytes.fromhex(STORE_NEW + CMPXCHG16B + HLT)
+    with contextlib.closing(Ram.from_bytes(code.ljust(0x1000, b"\x90"))) as ram:
+        vm.set_user_memory_region2(30, 0x100_0000, 0x1000, ram.address)
+        vm.vcpus[0].enter_long_mode(0x100_0000, sp=STACK)
+        assert vm.run(timeout=20) == Outcome("halted", vcpu=0)
+        needed(vm.assist.counts, "cmpxchg16b")
+        vm.set_user_memory_region2(30, 0x100_0000, 0, 0)
+
+
+def test_two_processors_are_assisted_at_once(guest):
+    # Each: mov edi,50; again: lock cmpxchg16b [rbp] (RBP: a place of its own)  add [0x30100],1 with LOCK  dec edi  jnz
+    again = "f0 480fc74d00 f0 83042500010300 01 ffcf 75ee"
+    vm = guest("kvm", "bf 32000000" + again + HLT)
+    first = vm.vcpus[0]
+    second = vm.create_vcpu()
+    second.cpuid = vm.kvm.get_supported_cpuid()
+    second.enter_long_mode(CODE, sp=STACK - 0x1000)
+    for vcpu, place in ((first, DATA), (second, DATA + 0x40)):
+        regs = vcpu.regs
+        regs.rbp, regs.rbx = place, 7
+        vcpu.regs = regs
+    vm.assist.stretch = 3
+    runs = [vm.run(timeout=60)]
+    if vm.vcpus[1].regs.rdi:
+        runs.append(vm.run(timeout=60))
+    assert all(outcome.reason == "halted" for outcome in runs)
+    assert vm.memory.read(DATA + 0x100, 4) == (100).to_bytes(4, "little")
+    needed(vm.assist.counts, "cmpxchg16b")
+
+
+AVX512 = 0xE6  # XCR0: SSE, AVX, opmask, both halves of the upper registers
+
+
+def test_avx512_state_goes_through_the_assist(guest):
+    """The XSAVE family runs in the assist, and what it only carries comes through unchanged."""
+    # fninit  mov eax,0xe7  xor edx,edx  xor ecx,ecx  xsetbv  cmpxchg16b  xsave64 [0x31000]  xrstor64 [0x31000]
+    # xsavec64 [0x33000]  hlt
+    area = "480fae2425 00100300 480fae2c25 00100300 480fc72425 00300300"
+    code = "dbe3 b8 e7000000 31d2 31c9 0f01d1" + STORE_NEW + CMPXCHG16B + "b8 e7000000 31d2" + area + HLT
+    vm = guest("kvm", code)
+    leaf = next(e for e in vm.kvm.get_supported_cpuid() if e.function == 0xD and e.index == 0)
+    if leaf.eax & AVX512 != AVX512:
+        pytest.skip("this processor has no AVX-512")
+    vcpu = vm.vcpus[0]
+    places = {e.index: e for e in vm.kvm.get_supported_cpuid() if e.function == 0xD and e.index in (5, 6, 7)}
+    xcrs = vcpu.xcrs
+    xcrs.nr_xcrs, xcrs.xcrs[0].value = 1, 0xE7
+    vcpu.xcrs = xcrs
+    raw = bytearray(bytes(vcpu.xsave))
+    raw[512] |= 0xE7
+    for index, place in places.items():
+        raw[place.ebx : place.ebx + place.eax] = bytes((index * 16 + i) & 0xFF for i in range(place.eax))
+    vcpu.xsave = type(vcpu.xsave).from_bytes(bytes(raw))
+    assert vm.run(timeout=20) == Outcome("halted", vcpu=0)
+    for place in places.values():
+        at = slice(place.ebx, place.ebx + place.eax)
+        assert bytes(vcpu.xsave)[at] == raw[at]
+        assert vm.memory.read(DATA + 0x1000 + place.ebx, place.eax) == raw[at]
+    compact = vm.memory.read(DATA + 0x3000, 0x1000)
+    assert int.from_bytes(compact[520:528], "little") == 1 << 63 | 0xE7
+    assert compact[832 : 832 + places[5].eax] == raw[places[5].ebx : places[5].ebx + places[5].eax]
