@@ -55,10 +55,11 @@ class Vm(_kvm.Vm):
         if kvm is None:
             kvm = open_kvm("tcg" if deterministic is not None and backend == "auto" else backend)
         try:
+            if deterministic is not None and not 0 <= deterministic < 1 << 64:
+                raise ValueError(f"deterministic is a seed of 64 bits, not {deterministic}")
+            if deterministic is not None and kvm.backend != "tcg":
+                raise BackendError(f"only the software CPU (tcg) can be deterministic, not {kvm.backend}")
             super().__init__(kvm)
-            self.deterministic = deterministic
-            if deterministic is not None:
-                self._make_deterministic(deterministic)
         except BaseException:
             if self._own_kvm:
                 kvm.close()
@@ -70,13 +71,9 @@ class Vm(_kvm.Vm):
         self.handlers = Handlers(self.pio, self.mmio)
         self._vcpus: list[Vcpu] = []  # a processor lives as long as its VM, whoever else holds it
         self._runner: Runner | None = None
-
-    def _make_deterministic(self, seed: int) -> None:
-        if self.backend != "tcg":
-            raise BackendError(f"only the software CPU (tcg) can be deterministic, not {self.backend}")
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"deterministic is a seed of 64 bits, not {seed}")
-        self.enable_cap(CAP_DETERMINISTIC, seed)
+        self.deterministic = deterministic
+        if deterministic is not None:
+            self.enable_cap(CAP_DETERMINISTIC, deterministic)
 
     @property
     def kvm(self) -> Kvm:
