@@ -154,7 +154,7 @@ def _turn(side: Side, made: Payload, expected: Timed) -> tuple[Times, Times]:
 
 
 def _again(side: Side, run: Callable[[], T]) -> T:
-    """A run, as often as this side may fail: QEMU 7.2 panics in every second boot of Linux 6.12."""
+    """A run, as often as this side may fail: with QEMU 7.2 most boots of Linux 6.12 end in a panic."""
     for left in range(side.attempts - 1, -1, -1):
         try:
             return run()
