@@ -7,6 +7,7 @@
 #include "kvm_compat.h"
 
 #include "cpu.h"
+#include "xstate.h"
 
 int cpu_init(struct cpu *c, struct tcg_vm_core *vm, uint32_t index)
 {
@@ -283,4 +284,15 @@ int cpu_xsave_load(struct cpu *c, const uint8_t *area, uint64_t rfbm)
     memcpy(&c->fpu.cw, area, 2);
     memcpy(&c->mxcsr, area + 24, 4);
     return 0;
+}
+/* The toy carries no state for another processor. */
+uint64_t xstate_carry(struct cpu *c, uint64_t xcr0)
+{
+    (void)xcr0;
+    return c->carried;
+}
+void xstate_load_carried(struct cpu *c, const uint8_t *area, uint64_t present)
+{
+    (void)area;
+    c->carried_inuse = present & c->carried;
 }
