@@ -53,7 +53,7 @@ static unsigned switched_off(const char *words)
 void jit_init(struct cpu *c)
 {
     const char *kind = getenv("KVMPY_TCG"), *threshold = getenv("KVMPY_JIT_THRESHOLD");
-    if (!kind || strcmp(kind, "jit"))
+    if (kind && !strcmp(kind, "interp"))
         return;
     struct jit *j = calloc(1, sizeof *j);
     if (!j)

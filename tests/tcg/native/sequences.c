@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Sequences of random instructions in a loop, on the interpreter and on the JIT: registers, flags, memory and the place
+ * where they stop must be the same. Faults are welcome: they show whether state is exact in the middle of a block.
+ *
+ *     sequences SEED ROUNDS < cases        cases: 24-byte records of instructions.py
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../../kvmpy/tcg/cpu.h"
+
+#define DATA 0x10000000ull
+#define DATA_SIZE 8192
+#define RAM 0x20000u
+#define COUNTER (DATA + 0x1f00)
+
+struct record {
+    uint8_t len, bytes[15];
+    uint8_t undefined;  /* flags not compared: bit order o s z a p c */
+    uint8_t base, index; /* GPR numbers that must hold addresses / small values, 0xff: none */
+    uint8_t small;       /* another register with a small value */
+    uint8_t flags;       /* 1: string (RSI, RDI, RCX prepared), 2: RBX is an address, 4: base is 16-byte aligned */
+    uint8_t pad[3];
+};
+
+static uint8_t *ram, *guest_data, pristine[RAM];
+static _Atomic uint64_t *marks;
+
+void tcg_phys_to_host(struct tcg_vm_core *vm, uint64_t gpa, struct page_info *p)
+{
+    (void)vm;
+    memset(p, 0, sizeof *p);
+    if (gpa < RAM) {
+        p->host = ram + gpa;
+        p->code = &marks[gpa >> 12];
+    } else if (gpa >= DATA && gpa < DATA + DATA_SIZE) {
+        p->host = guest_data + (gpa - DATA);
+        p->code = &marks[(RAM >> 12) + ((gpa - DATA) >> 12)];
+    }
+    p->flags = p->host ? PAGE_RAM : 0;
+}
+void tcg_mark_dirty(struct cpu *c, uint64_t gpa) { (void)c, (void)gpa; }
+bool tcg_pio(struct cpu *c, uint16_t port, unsigned size, bool w, uint32_t *v) { (void)c, (void)port, (void)size, (void)w; *v = 0; return true; }
+bool tcg_mmio(struct cpu *c, uint64_t g, unsigned s, bool w, uint64_t *v) { (void)c, (void)g, (void)s, (void)w; *v = 0; return true; }
+int tcg_rdmsr(struct cpu *c, uint32_t i, uint64_t *v) { (void)c, (void)i; *v = 0; return 0; }
+int tcg_wrmsr(struct cpu *c, uint32_t i, uint64_t v) { (void)c, (void)i, (void)v; return 0; }
+int tcg_ack_interrupt(struct cpu *c) { (void)c; return -1; }
+void tcg_cr8_changed(struct cpu *c) { (void)c; }
+uint64_t tcg_read_cr8(struct cpu *c) { return c->cr8; }
+uint64_t tcg_rdtsc(struct cpu *c) { return cpu_insns(c); }
+bool tcg_hypercall(struct cpu *c) { (void)c; return true; }
+void tcg_wake(struct cpu *c) { (void)c; }
+
+static uint64_t seed;
+static uint64_t rnd(void)
+{
+    uint64_t z = (seed += 0x9e3779b97f4a7c15ull);
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+static uint64_t interesting(void)
+{
+    static const uint64_t edge[] = {0, 1, ~0ull, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fffffff, 0x80000000, 0xffffffff,
+                                    0x7fffffffffffffff, 0x8000000000000000, 0x9a, 0x10};
+    uint64_t r = rnd();
+    switch (r & 7) {
+    case 0: case 1: return edge[r >> 8 & 15];
+    case 2: return edge[r >> 8 & 15] + (r >> 16 & 3);
+    case 3: return r >> 8 & 63;
+    default: return rnd();
+    }
+}
+
+static const char *regs[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"};
+
+struct outcome {
+    uint64_t gpr[16], rip, flags, cr2;
+    int stop;
+    uint8_t data[DATA_SIZE], ram[RAM];
+};
+
+static struct cpu *make_cpu(struct tcg_vm_core *vm, const char *kind)
+{
+    setenv("KVMPY_TCG", kind, 1);
+    struct cpu *c = aligned_alloc(64, (sizeof *c + 63) & ~63ul);
+    if (cpu_init(c, vm, 0))
+        exit(2);
+    c->features[0] = c->features[1] = ~0ull;
+    return c;
+}
+
+/* `code` at 0x1000 (or wherever `at` puts it in a page) from these registers and this data. */
+static void run(struct cpu *c, uint64_t at, const uint64_t *gpr, uint64_t flags, const uint8_t *data, struct outcome *o)
+{
+    memcpy(guest_data, data, DATA_SIZE);
+    memcpy(ram, pristine, RAM);
+    cpu_flush_code(c);
+    memset(marks, 0, ((RAM >> 12) + 2) * 8);
+    cpu_reset(c, false);
+    c->gdt = (struct dtable){0x500, 0x17};
+    c->idt = (struct dtable){0x2000, 0x1ff};
+    c->seg[SEG_TR] = (struct segment){.base = 0x3000, .limit = 0x67, .attr = 0x8b, .sel = 8};
+    for (int i = 0; i <= SEG_GS; i++)
+        c->seg[i] = (struct segment){.sel = 0x10, .limit = 0xffffffff, .attr = 0xc093};
+    c->seg[SEG_CS] = (struct segment){.sel = 8, .limit = 0xffffffff, .attr = 0xa09b};
+    c->cr0 = CR0_PE | CR0_PG | CR0_ET | CR0_NE;
+    c->cr3 = 0x10000;
+    c->cr4 = CR4_PAE | 0x600 | CR4_OSXSAVE;
+    c->xcr0 = 7;
+    c->efer = EFER_LME | EFER_LMA | EFER_SCE;
+    memcpy(c->gpr, gpr, sizeof c->gpr);
+    c->rip = at;
+    cpu_set_rflags(c, flags);
+    cpu_update(c);
+    o->stop = cpu_run(c);
+    memcpy(o->gpr, c->gpr, sizeof o->gpr);
+    o->rip = c->rip;
+    o->flags = cpu_rflags(c);
+    o->cr2 = c->cr2;
+    memcpy(o->data, guest_data, DATA_SIZE);
+    memcpy(o->ram, ram, RAM);
+    for (unsigned i = 0x10000; i < 0x13000; i += 8) /* accessed and dirty: a processor may walk as often as it likes */
+        o->ram[i] &= (uint8_t)~0x60;
+}
+
+int main(int argc, char **argv)
+{
+    static struct record list[65536];
+    static struct tcg_vm_core vm;
+    static struct outcome a, b;
+    static uint8_t data[DATA_SIZE], tables[RAM];
+    unsigned long rounds = argc > 2 ? strtoul(argv[2], NULL, 0) : 1000, bad = 0, faults = 0;
+    size_t all = fread(list, sizeof list[0], 65536, stdin), n = 0;
+    for (size_t i = 0; i < all; i++)
+        /* A string instruction may run for years from a random RCX. Undefined flags are the handler's or the host's;
+         * only AF, of logic, is the host's in both. */
+        if (!(list[i].flags & 1) && !(list[i].undefined & ~8u))
+            list[n++] = list[i];
+    guest_data = aligned_alloc(4096, DATA_SIZE);
+    ram = aligned_alloc(4096, RAM);
+    memset(ram, 0, RAM);
+    marks = calloc((RAM >> 12) + 2, 8);
+    pthread_mutex_init(&vm.lock, NULL);
+
+    struct cpu *interp = make_cpu(&vm, "interp"), *jit = make_cpu(&vm, "jit");
+    if (!jit->jit.state) {
+        printf("no JIT here\n");
+        return 3;
+    }
+    vm.ncpu = 1;
+    uint64_t *q = (uint64_t *)(ram + 0x10000);
+    q[0] = 0x11003;
+    ((uint64_t *)(ram + 0x11000))[0] = 0x12003;
+    for (uint64_t i = 0; i < 512; i++)
+        ((uint64_t *)(ram + 0x12000))[i] = i << 21 | 0x83;
+    for (unsigned v = 0; v < 32; v++) { /* an IDT whose handlers are HLT at 0x4000 + 16 * vector */
+        uint64_t at = 0x4000 + 16 * v;
+        ram[at] = 0xf4;
+        ((uint64_t *)(ram + 0x2000))[2 * v] = (at & 0xffff) | 8 << 16 | 0x8e01ull << 32; /* IST 1 */
+    }
+    uint64_t ist = 0x9000;
+    memcpy(ram + 0x3000 + 0x24, &ist, 8);
+    ((uint64_t *)(ram + 0x500))[1] = 0x00af9b000000ffff;
+    ((uint64_t *)(ram + 0x500))[2] = 0x00cf93000000ffff;
+
+    memcpy(tables, ram, RAM);
+    for (unsigned long round = 0; n && round < rounds; round++) {
+        seed = strtoull(argc > 1 ? argv[1] : "1", NULL, 0) * 1000003 + round;
+        uint64_t gpr[16], flags = (rnd() & 0x8d5) | 2, at = 0x1000 + (rnd() & 3 ? 0 : 0xfc0 + rnd() % 0x3f); /* or across a page */
+        uint8_t code[512];
+        unsigned size = 0, count = 1 + rnd() % 12;
+        for (int i = 0; i < 16; i++)
+            gpr[i] = rnd() & 3 ? DATA + 0x800 + (rnd() & 0x3f0) : interesting();
+        gpr[RSP] = DATA + 0x1c00;
+        for (int i = 0; i < DATA_SIZE / 8; i++)
+            ((uint64_t *)data)[i] = interesting();
+        data[COUNTER - DATA] = 3;
+        memset(data + (COUNTER - DATA) + 1, 0, 7);
+        for (unsigned i = 0; i < count; i++) {
+            const struct record *r = &list[rnd() % n];
+            if (rnd() % 4 == 0) { /* a short branch over it */
+                code[size++] = (uint8_t)(0x70 | (rnd() & 15));
+                code[size++] = r->len;
+            }
+            memcpy(code + size, r->bytes, r->len);
+            size += r->len;
+        }
+        const uint8_t again[] = {0x83, 0x2c, 0x25, COUNTER & 0xff, COUNTER >> 8 & 0xff, COUNTER >> 16 & 0xff, COUNTER >> 24, 1, 0x0f, 0x85};
+        memcpy(code + size, again, sizeof again); /* SUB DWORD [COUNTER], 1; JNZ start; HLT */
+        size += sizeof again;
+        int32_t back = -(int32_t)(size + 4);
+        memcpy(code + size, &back, 4);
+        size += 4;
+        code[size++] = 0xf4;
+        memcpy(pristine, tables, RAM);
+        memcpy(pristine + at, code, size);
+        run(interp, at, gpr, flags, data, &a);
+        run(jit, at, gpr, flags, data, &b);
+        faults += a.rip >= 0x4000 && a.rip < 0x4200;
+        if (!memcmp(&a, &b, sizeof a))
+            continue;
+        if (bad++ < 20) {
+            printf("round %lu at %llx:", round, (unsigned long long)at);
+            for (unsigned i = 0; i < size; i++)
+                printf(" %02x", code[i]);
+            printf("\n  stop %d %d rip %llx %llx flags %llx %llx\n", a.stop, b.stop, (unsigned long long)a.rip, (unsigned long long)b.rip,
+                   (unsigned long long)a.flags, (unsigned long long)b.flags);
+            for (int i = 0; i < 16; i++)
+                if (a.gpr[i] != b.gpr[i])
+                    printf("  %s %llx %llx\n", regs[i], (unsigned long long)a.gpr[i], (unsigned long long)b.gpr[i]);
+            for (int i = 0; i < DATA_SIZE; i++)
+                if (a.data[i] != b.data[i])
+                    printf("  data +%x %02x %02x\n", i, a.data[i], b.data[i]);
+            for (unsigned i = 0; i < RAM; i++)
+                if (a.ram[i] != b.ram[i])
+                    printf("  %x %02x %02x\n", i, a.ram[i], b.ram[i]);
+        }
+    }
+    printf("%lu sequences, %lu faults, %lu differences\n", rounds, faults, bad);
+    return bad != 0;
+}

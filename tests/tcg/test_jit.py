@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JIT: against the host's processor one instruction at a time, and against the interpreter in random sequences.
+
+A threshold of 0 compiles every block before it runs for the first time; `all` also those that are mostly calls of
+handlers, which the JIT otherwise leaves to the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TCG = HERE.parents[1] / "kvmpy" / "tcg"
+sys.path.insert(0, str(HERE))
+import instructions  # noqa: E402
+import vectors  # noqa: E402
+
+optable = instructions.optable
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("cc") is None,
+    reason="the JIT is for x86-64 hosts; needs a C compiler",
+)
+EAGER = {"KVMPY_TCG": "jit", "KVMPY_JIT_THRESHOLD": "0"}
+OFF = ["all", "all,nochain,noindirect", "all,noflags,novec"]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The core with each of the drivers."""
+    folder = tmp_path_factory.mktemp("jit")
+    optable.main(str(TCG))
+    core = [TCG / name for name in (TCG / "core_sources.txt").read_text().split()]
+    flags = ["-std=gnu11", "-O1", "-w", "-fno-strict-aliasing"]
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        subprocess.run(["cc", *flags, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, core))
+    for name in ("diff", "vector_diff", "sequences"):
+        source = str(HERE / "native" / f"{name}.c")
+        command = ["cc", *flags, "-no-pie", source, *objects, "-lpthread", "-o", str(folder / name)]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def integers(seed: int, each: int) -> bytes:
+    rng = random.Random(seed)
+    host = set(Path("/proc/cpuinfo").read_text().split())
+    rows = [row for row in optable.load() if instructions.usable(row, host)]
+    return b"".join(instructions.encode(row, rng) for row in rows for _ in range(each))
+
+
+def differences(command: list[str], cases: bytes, switches: str) -> tuple[int, str]:
+    """How many cases ran, and what the program said; none may differ."""
+    env = os.environ | EAGER | {"KVMPY_JIT": switches}
+    done = subprocess.run(command, input=cases, capture_output=True, timeout=300, env=env, check=False)
+    output = done.stdout.decode()
+    if done.returncode == 3:
+        pytest.skip("no executable memory here for a JIT")
+    summary = re.search(r"(\d+) (?:cases|runs|sequences),.* (\d+) differences", output)
+    assert summary, output + done.stderr.decode()
+    assert int(summary[2]) == 0, output[:8000]
+    return int(summary[1]), output
+
+
+@pytest.mark.parametrize("switches", OFF)
+def test_integers_as_on_the_host(programs, switches):
+    cases = integers(5, 20)
+    ran, _ = differences([programs / "diff", "5", "2"], cases, switches)
+    assert ran == len(cases) // 24 * 2
+
+
+@pytest.mark.parametrize("switches", ["all", "all,novec"])
+def test_vectors_as_on_the_host(programs, switches):
+    cases = vectors.cases(5, 4)
+    ran, _ = differences([programs / "vector_diff", "5", "6"], cases, switches)
+    assert ran == len(cases) // vectors.RECORD.size * 6
+
+
+@pytest.mark.parametrize("switches", OFF)
+def test_sequences_as_in_the_interpreter(programs, switches):
+    """Loops of random instructions with branches, page crossings and faults in the middle."""
+    ran, output = differences([programs / "sequences", "9", "6000"], integers(9, 20), switches)
+    assert ran == 6000
+    faults = re.search(r"(\d+) faults", output)
+    assert faults and int(faults[1]) > 500, "hardly a fault: the sequences are too tame"
