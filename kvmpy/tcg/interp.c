@@ -435,6 +435,7 @@ enum tcg_stop cpu_run(struct cpu *c)
 {
     struct fp_host host = fp_enter(c);
     enum tcg_stop stop = run(c);
+    c->tlb = &c->tlbs[mmu_index(c)]; /* not at a segment's edge (ea.c): that ended with the instruction */
     fp_leave(c, host);
     return stop;
 }
