@@ -35,7 +35,7 @@ void check_registers(const struct cpu *c)
     MUST(c->cr8 < 16);
     MUST(!c->block && !c->in_delivery);
     MUST(c->io.taken <= c->io.answered && c->io.answered <= CPU_IO_MAX);
-    MUST(c->tlb >= c->tlbs && c->tlb < c->tlbs + MMU_COUNT);
+    MUST(mmu_index(c) >= 0 && mmu_index(c) < MMU_COUNT);
 }
 
 static int page_at(const uint8_t *host)
