@@ -12,6 +12,7 @@
 #include "jit_code.h"
 
 #if HAVE_JIT
+#include <cpuid.h>
 #include <stdlib.h>
 
 #include "fphost.h"
@@ -21,6 +22,18 @@
 OP_DECL(jit_count);
 OP_DECL(jit_enter);
 
+/* Clang 14 has no __builtin_cpu_supports("lzcnt"). Asked once: under a hypervisor each CPUID is an exit. */
+static bool host_lzcnt(void)
+{
+    static _Atomic int known; /* 0: not asked yet, else 1 + the answer; threads that race here find the same */
+    if (!atomic_load(&known)) {
+        unsigned a, b, ecx = 0, d;
+        bool has = __get_cpuid(0x80000001, &a, &b, &ecx, &d) && ecx & 1 << 5; /* SDM vol. 2, CPUID */
+        atomic_store(&known, 1 + has);
+    }
+    return atomic_load(&known) == 2;
+}
+
 static uint64_t host_features(unsigned word)
 {
     uint64_t bits = 0;
@@ -29,7 +42,7 @@ static uint64_t host_features(unsigned word)
         bool has = f == FEAT_POPCNT  ? __builtin_cpu_supports("popcnt")
                    : f == FEAT_BMI1  ? __builtin_cpu_supports("bmi")
                    : f == FEAT_BMI2  ? __builtin_cpu_supports("bmi2")
-                   : f == FEAT_LZCNT ? __builtin_cpu_supports("lzcnt")
+                   : f == FEAT_LZCNT ? host_lzcnt()
                    : f == FEAT_SSE42 ? __builtin_cpu_supports("sse4.2")
                    : f == FEAT_MOVBE || f == FEAT_ADX ? false
                                      : fp_host_has(f);
