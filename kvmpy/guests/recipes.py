@@ -282,7 +282,7 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         Recipe(
             "libkrunfw",
-            "libkrun's kernel, drivers built in, no ACPI and no 8250 (--no-acpi --serial none --hvc stdio)",
+            "libkrun's kernel: no modules, no ACPI, console hvc0",
             (Ingredient("libkrunfw", "libkrunfw5", "libkrunfw5", "GPL-2.0-only AND LGPL-2.1-only", ("sid",)),),
             lambda path: "/libkrunfw.so." in path,
             _build_libkrunfw,

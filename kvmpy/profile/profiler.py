@@ -31,6 +31,10 @@ KERNEL = 1 << 63
 COUNTED = {
     "insns": "instructions",
     "blocks": "translations (blocks decoded)",
+    "jit_blocks": "  of those made into host code",
+    "jit_insns": "  ... with so many instructions",
+    "jit_helpers": "  ... of them calls of the interpreter's handlers",
+    "jit_links": "  ... and links between them",
     "lookups": "block look-ups that no link or jump cache answered",
     "tlb_misses": "softTLB misses",
     "page_walks": "page walks from the root",

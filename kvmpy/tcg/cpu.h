@@ -306,7 +306,7 @@ struct cpu {
     uint32_t index;        /* vcpu id */
     struct tcg_vm_core *vm;
     void *machine;         /* the machine half's own vCPU */
-    struct { uint64_t tlb_miss, walks, blocks, flushes, smc, lookups, faults, irqs, slow; } stat;
+    struct { uint64_t tlb_miss, walks, blocks, flushes, smc, lookups, faults, irqs, slow, jit_blocks, jit_insns, jit_helpers, jit_links; } stat;
 };
 
 /* ---- what the core needs of a VM; the machine half embeds this first in its own struct tcg_vm ---- */

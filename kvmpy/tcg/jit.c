@@ -54,7 +54,7 @@ static uint64_t host_features(unsigned word)
 static unsigned switched_off(const char *words)
 {
     static const struct { const char *name; unsigned bit; } names[] = {
-        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS},
+        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"perf", JIT_PERF},
     };
     unsigned bits = 0;
     for (unsigned i = 0; words && i < sizeof names / sizeof names[0]; i++)
@@ -224,7 +224,7 @@ static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to
         set_target(l->near_site, j->run - j->write, l->near_stub);
     if (l->far_site)
         set_target(l->far_site, j->run - j->write, to->entry);
-    j->stat.links++;
+    c->stat.jit_links++;
 }
 
 static void know_target(struct cpu *c, struct jit_block *jb, uint64_t rip)

@@ -450,11 +450,14 @@ bool jit_compile(struct cpu *c, struct block *b)
     slow_paths(&e);
     e.jb->hot_bytes = (uint32_t)(e.a.p - (j->write + j->hot));
     e.jb->cold_bytes = (uint32_t)(e.k.p - (j->write + j->cold));
+    const struct piece pieces[] = {{e.jb->entry, e.jb->hot_bytes}, {j->run + j->cold, e.jb->cold_bytes}};
     j->hot = (size_t)(e.a.p - j->write + 15) & ~15ull;
     j->cold = (size_t)(e.k.p - j->write + 15) & ~15ull;
-    j->stat.compiled++;
-    j->stat.helper_insns += e.helpers;
-    j->stat.native_insns += n - e.helpers;
+    c->stat.jit_blocks++;
+    c->stat.jit_helpers += e.helpers;
+    c->stat.jit_insns += n;
+    if (j->off & JIT_PERF)
+        jit_tell_perf(c->bip, pieces, 2);
     b->host_code = e.jb;
     return true;
 }

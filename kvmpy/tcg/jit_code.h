@@ -63,15 +63,17 @@ struct jit {
     unsigned next_victim;
     bool kernel_local;       /* a page that is not global has been proved for the kernel */
     uint64_t pages[64];      /* filter of pages that have been proved */
-    struct { uint64_t compiled, flushes, links, helper_insns, native_insns; } stat;
 };
-enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */ };
+enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */,
+       JIT_PERF = 32 /* on, not off: tell perf of the code */ };
 
 bool jit_map(struct cpu *c, struct jit *j);
 void jit_unmap(struct jit *j);
 void jit_thunks(struct cpu *c, struct jit *j);
 const struct uop *jit_call(struct cpu *c, const struct uop *u); /* the helper thunk's C half */
 bool jit_compile(struct cpu *c, struct block *b);
+struct piece { const uint8_t *start; unsigned size; };
+void jit_tell_perf(uint64_t rip, const struct piece *pieces, unsigned count); /* jit_perf.c */
 OP_DECL(jit_back);
 
 /* ---- emission ---- */

@@ -52,6 +52,10 @@ static void collect(struct vcpu *vcpu, struct vcpu_stats *out)
     out->code_invalidations = c->stat.smc;
     out->faults = c->stat.faults;
     out->slow_path = c->stat.slow;
+    out->jit_blocks = c->stat.jit_blocks;
+    out->jit_insns = c->stat.jit_insns;
+    out->jit_helpers = c->stat.jit_helpers;
+    out->jit_links = c->stat.jit_links;
 }
 
 long stats_pread(struct tcg_vm *vm, struct vcpu *vcpu, void *buffer, size_t size, uint64_t offset)

@@ -97,3 +97,33 @@ def test_sequences_as_in_the_interpreter(programs, switches):
     assert ran == 6000
     faults = re.search(r"(\d+) faults", output)
     assert faults and int(faults[1]) > 500, "hardly a fault: the sequences are too tame"
+
+
+LOOP = """
+import os, kvmpy
+#     mov ecx,1000  1: dec ecx  jnz 1b  hlt
+CODE = bytes.fromhex("b9e8030000 ffc9 75fc f4")
+with kvmpy.Vm("tcg") as vm:
+    vm.add_ram(0, size=0x20000)
+    vm.memory.write(0x1000, CODE)
+    vcpu = vm.create_vcpu()
+    vcpu.enter_long_mode(0x1000)
+    assert isinstance(vcpu.run(), kvmpy.Hlt)
+    with vcpu.stats() as stats:
+        print(os.getpid(), dict(stats.read())["jit_blocks"])
+"""
+
+
+def test_code_has_names_for_perf():
+    """KVMPY_JIT=perf: START SIZE name, hexadecimal, as tools/perf/Documentation/jit-interface.txt has it."""
+    env = os.environ | {"KVMPY_TCG": "jit", "KVMPY_JIT": "perf"}
+    done = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=60, env=env, check=True)
+    pid, blocks = map(int, done.stdout.split())
+    if not blocks:
+        pytest.skip("no executable memory here for a JIT")
+    path = Path(f"/tmp/perf-{pid}.map")
+    lines = path.read_text().splitlines()
+    path.unlink()
+    found = [re.fullmatch(r"[0-9a-f]+ [0-9a-f]+ guest_([0-9a-f]+)(?:_slow)?", line) for line in lines]
+    assert all(found), lines
+    assert 0x1005 in {int(match[1], 16) for match in found if match}
