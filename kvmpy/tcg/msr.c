@@ -103,7 +103,7 @@ uint64_t tcg_rdtsc(struct cpu *c)
 
 static void write_tsc(struct vcpu *vcpu, uint64_t value, bool host)
 {
-    int64_t delta = value - vcpu_tsc(vcpu);
+    uint64_t delta = value - vcpu_tsc(vcpu);
     vcpu->tsc_offset += delta;
     if (!host) /* SDM vol. 3B 18.17.3: a write to the TSC moves TSC_ADJUST by the same amount */
         vcpu->tsc_adjust += delta;

@@ -120,7 +120,8 @@ OP(crc32b_rm8) { SET32(u->d, crc32c(GET32(u->d), ld8(c, u, ea(c, u)), 1)); NEXT;
     OP(crc32_rm##bits) { SET32(u->d, crc32c(GET32(u->d), ld##bits(c, u, ea(c, u)), bits / 8)); NEXT; }
 EACH_WIDE(CRC)
 
-#define BMI_CC(r, carry) (c->cc = (uint16_t)((cc_szp(r, sizeof(r) * 8) & ~(CC_PF | CC_AF)) | (c->cc & (CC_PF | CC_AF)) | ((carry) ? CC_CF : 0)))
+/* AF and PF, and SF of BEXTR, are undefined: 0 here, not what they were, as nobody computes that for us (quiet_flags()). */
+#define BMI_CC(r, carry) (c->cc = (uint16_t)((cc_szp(r, sizeof(r) * 8) & ~(CC_PF | CC_AF)) | ((carry) ? CC_CF : 0)))
 #define BMI(bits)                                                                                                   \
     static inline U(bits) pdep##bits(U(bits) v, U(bits) m)                                                          \
     {                                                                                                               \
@@ -148,7 +149,7 @@ EACH_WIDE(CRC)
         U(bits) r = start < bits ? b >> start : 0;                                                                  \
         if (len < bits)                                                                                             \
             r &= ((U(bits))1 << len) - 1;                                                                           \
-        c->cc = (uint16_t)((c->cc & ~(CC_CF | CC_OF | CC_ZF)) | (r ? 0 : CC_ZF));                                   \
+        c->cc = (uint16_t)(CC_ONE | (r ? 0 : CC_ZF));                                                                 \
         return r;                                                                                                   \
     }                                                                                                               \
     static inline U(bits) bzhi##bits(struct cpu *c, U(bits) b, U(bits) how)                                         \

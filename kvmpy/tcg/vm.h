@@ -158,7 +158,7 @@ struct vcpu {
     bool has_apic;
 
     /* MSRs that only the machine knows (msr.c) */
-    int64_t tsc_offset;
+    uint64_t tsc_offset; /* modulo 2^64: the guest chooses */
     uint64_t tsc_adjust;
     uint32_t tsc_khz;
     struct {
