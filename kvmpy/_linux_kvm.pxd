@@ -16,6 +16,7 @@ cdef extern from "engine.h" nogil:
         int (*unmap)(void *address, size_t size) noexcept nogil
         long (*pread)(int handle, void *buffer, size_t size, uint64_t offset) noexcept nogil
         void (*wrote)(int vm, uint64_t gpa, uint64_t size) noexcept nogil
+        void (*kick)(int vcpu) noexcept nogil
     const kvmpy_engine kvmpy_kernel_engine
 
 cdef extern from "gate.h" nogil:

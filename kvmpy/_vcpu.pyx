@@ -25,7 +25,7 @@ cdef extern from "kick.h" nogil:
     #include <pthread.h>
     """
     int kick_install()
-    void kick_send(kvm_run *run, kvmpy_target *target, int number)
+    void kick_send(const kvmpy_engine *engine, int handle, kvm_run *run, kvmpy_target *target, int number)
     void kick_after_fork()
     long run_once(const kvmpy_engine *engine, int handle, kvm_run *run, kvmpy_target *target, int *kicked)
     bint kick_was_late()
@@ -211,7 +211,7 @@ cdef class Vcpu(VcpuState):
         thread must not block all signals.
         """
         self.hold()
-        kick_send(self.page.run, &self.target, kick_signal)
+        kick_send(self.engine, self.handle, self.page.run, &self.target, kick_signal)
         self.unhold()
 
     @property

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The door to a processor. Both engines, the kernel's KVM and the software CPU, are seen through these
- * seven calls, and what goes through them is the KVM ABI itself (Documentation/virt/kvm/api.rst): the same
+ * eight calls, and what goes through them is the KVM ABI itself (Documentation/virt/kvm/api.rst): the same
  * request numbers, the same structures, the same struct kvm_run. So everything above exists once.
  *
  * A handle is what a file descriptor is to KVM: /dev/kvm, a VM, a vCPU, a device, a stats file. For the
@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define KVMPY_ENGINE_CAPSULE "kvmpy.engine"
-#define KVMPY_ENGINE_VERSION 1
+#define KVMPY_ENGINE_VERSION 2
 
 struct kvmpy_engine {
     uint32_t version;     /* KVMPY_ENGINE_VERSION */
@@ -39,6 +39,9 @@ struct kvmpy_engine {
     /* The host wrote guest memory behind the processor's back (loader, device, debugger): forget what was
      * translated from [gpa, gpa + size). May be NULL: hardware keeps its caches coherent by itself. */
     void (*wrote)(int vm, uint64_t gpa, uint64_t size);
+
+    /* run->immediate_exit of a vCPU that may be running was set: look at it now. May be NULL: a signal does it. */
+    void (*kick)(int vcpu);
 };
 
 /* open(2), ioctl(2), mmap(2) on /dev/kvm (engine_kernel.c). */

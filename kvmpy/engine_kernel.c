@@ -52,4 +52,5 @@ const struct kvmpy_engine kvmpy_kernel_engine = {
     .unmap = kernel_unmap,
     .pread = kernel_pread,
     .wrote = NULL, /* the hardware keeps its caches coherent */
+    .kick = NULL,  /* a signal ends KVM_RUN */
 };

@@ -49,9 +49,11 @@ static inline int kick_install(void)
 
 /* Make the current KVM_RUN, or else the next one, return -EINTR.
  * immediate_exit goes first: whoever is not yet inside the ioctl will see it there, whoever is has a target. */
-static inline void kick_send(struct kvm_run *run, kvmpy_target *target, int signal)
+static inline void kick_send(const struct kvmpy_engine *engine, int handle, struct kvm_run *run, kvmpy_target *target, int signal)
 {
     __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    if (engine->kick)
+        engine->kick(handle);
     int thread = atomic_load(target);
     if (thread > 0 && atomic_compare_exchange_strong(target, &thread, -thread)) {
         syscall(SYS_tgkill, getpid(), thread, signal);

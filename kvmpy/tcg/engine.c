@@ -219,6 +219,16 @@ static void tcg_wrote(int number, uint64_t gpa, uint64_t size)
     done(&handle);
 }
 
+static void tcg_kick(int number)
+{
+    struct handle handle;
+    if (use(number, &handle))
+        return;
+    if (handle.kind == VCPU)
+        cpu_request(&handle.vcpu->cpu, CPU_REQ_EXIT);
+    done(&handle);
+}
+
 const struct kvmpy_engine kvmpy_tcg_engine = {
     .version = KVMPY_ENGINE_VERSION,
     .name = "tcg",
@@ -229,4 +239,5 @@ const struct kvmpy_engine kvmpy_tcg_engine = {
     .unmap = tcg_unmap,
     .pread = tcg_pread,
     .wrote = tcg_wrote,
+    .kick = tcg_kick,
 };

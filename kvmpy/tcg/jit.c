@@ -185,12 +185,26 @@ static void proving(struct cpu *c, uint64_t lin)
 
 /* ---- links ---- */
 
+/* On the way along a link that can make the flags again: are they saved? */
+static void save_flags_before(const struct jit *j, struct jit_link *l, bool yes)
+{
+    static const uint8_t nop[5] = {0x0f, 0x1f, 0x44, 0x00, 0x00};
+    if (!l->save_site)
+        return;
+    memcpy(l->save_site, nop, sizeof nop);
+    if (!yes)
+        return;
+    l->save_site[0] = 0xe9;
+    set_target(l->save_site + 1, j->run - j->write, l->save_stub);
+}
+
 static void unlink_from(struct jit *j, struct jit_link *l)
 {
     if (l->near_site)
         set_target(l->near_site, j->run - j->write, l->near_stub);
     if (l->far_site)
         set_target(l->far_site, j->run - j->write, l->far_stub);
+    save_flags_before(j, l, true);
     l->serial = 0;
     l->to = NULL;
 }
@@ -224,6 +238,7 @@ static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to
         set_target(l->near_site, j->run - j->write, l->near_stub);
     if (l->far_site)
         set_target(l->far_site, j->run - j->write, to->entry);
+    save_flags_before(j, l, to->flags_in);
     c->stat.jit_links++;
 }
 
@@ -235,7 +250,7 @@ static void know_target(struct cpu *c, struct jit_block *jb, uint64_t rip)
     if ((t->key == key && t->block == jb) || j->off & JIT_NO_INDIRECT)
         return;
     proving(c, rip);
-    *t = (struct target){key, jb->entry, rip & PAGE_MASK_4K, jb};
+    *t = (struct target){key, jb->entry, (rip & PAGE_MASK_4K) | (jb->flags_in ? TARGET_FLAGS : 0), jb};
     jb->cached_often |= jb->cached && jb->cached != t;
     jb->cached = t;
 }
@@ -268,7 +283,7 @@ const uint8_t *jit_find(struct cpu *c)
     uint64_t rip = c->rip;
     struct target *t = &j->target[rip & ((1u << TARGET_BITS) - 1)];
     struct jit_block *jb = t->block;
-    if (jb && t->page == (rip & PAGE_MASK_4K) && jb->block->mode == c->mode && known_code(c, rip) == jb->block->host) {
+    if (jb && (t->page & PAGE_MASK_4K) == (rip & PAGE_MASK_4K) && jb->block->mode == c->mode && known_code(c, rip) == jb->block->host) {
         proving(c, rip);
         t->key = rip ^ c->jit.context;
     } else {

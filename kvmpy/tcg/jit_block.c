@@ -7,8 +7,9 @@
  *
  * A way out to a known place is a link. Inside the page it is a jump (`near`) to a stub that saves the flags and jumps
  * on (`far`) to the exit. Linked to a block that may show the flags it gets, the stub's jump leads there; to one that
- * overwrites them first, the near jump itself does. Backward jumps look at requests and count down the budget; they
- * save the flags first. Jumps out of the page prove the translation by the context's serial number.
+ * overwrites them first, the near jump itself does. Backward jumps look at requests; jumps out of the page prove the
+ * translation by the context's serial number. Both clobber EFLAGS; with a recipe (jit_flags.c) they save them before
+ * only when the target may show them.
  */
 #include "jit_code.h"
 
@@ -40,10 +41,13 @@ OP(jit_load)
 
 /* ---- ways out ---- */
 
-void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset)
+/* From `site` to the loop, with RIP at this offset and the state of now; EFLAGS are lost. */
+static void leave_from(struct emit *e, uint8_t *site, uint32_t offset)
 {
-    e->leave[e->nleave++] = (struct leave){jcc32(&e->a, cond), offset, e->dirty};
+    e->leave[e->nleave++] = (struct leave){site, offset, e->dirty, e->flags & ~(unsigned)IN_EFLAGS, e->recipe};
 }
+
+void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset) { leave_from(e, jcc32(&e->a, cond), offset); }
 
 /* To the loop, at a constant RIP. */
 static void leave_at(struct place_of_code *a, struct emit *e, uint32_t offset)
@@ -54,15 +58,12 @@ static void leave_at(struct place_of_code *a, struct emit *e, uint32_t offset)
     jump_to(a, e->j->exit_rip);
 }
 
-/* CMP request, 0 and SUB budget: where time may pass without end. Gives the two jumps that are taken when there is something. */
-static void poll(struct place_of_code *a, struct emit *e, uint8_t *out[2])
+/* CMP request, 0: where time may pass without end. Gives the jump that is taken when somebody wants something. */
+static uint8_t *poll(struct place_of_code *a, struct emit *e)
 {
     put_insn(a, 0, false, 0, 0x83, 7, rm_abs((const void *)&e->c->request), 1);
     put1(a, 0);
-    out[0] = jcc32(a, COND_NZ);
-    put_insn(a, 0, true, 0, 0x83, 5, FIELD(e, budget), 1);
-    put1(a, e->b->ninsn);
-    out[1] = jcc32(a, COND_S);
+    return jcc32(a, COND_NZ);
 }
 
 static void exit_by(struct place_of_code *a, struct emit *e, const struct jit_link *l)
@@ -71,57 +72,74 @@ static void exit_by(struct place_of_code *a, struct emit *e, const struct jit_li
     jump_to(a, e->j->exit_link);
 }
 
+/* Where a near jump leads that may not go straight on: the flags are saved. */
+static void near_stub(struct emit *e, struct jit_link *l)
+{
+    jit_make_cc(&e->k, e, e->flags, &e->recipe);
+    l->far_site = jmp32(&e->k);
+    l->far_stub = run_address(&e->k);
+    set_target(l->far_site, e->a.delta, l->far_stub);
+    exit_by(&e->k, e, l);
+}
+
 /* The way along link n to `target` (an offset from the block's start) at the end of `a`; flags are e->flags. */
 static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t target)
 {
     struct jit_link *l = &e->jb->link[n];
     int64_t offset = target + e->start;
     intptr_t delta = a->delta;
+    unsigned flags = e->flags;
     l->from = e->jb;
     l->delta = (int32_t)offset;
     l->leaves_page = offset < 0 || offset > 4095;
-    bool backward = target <= e->b->bytes, saved = e->flags & IN_CC, cold = a == &e->k;
+    bool backward = target <= e->b->bytes, cold = a == &e->k;
     if (l->leaves_page || backward) {
-        uint8_t *out[4];
-        unsigned nout = 0;
-        if (!saved)
-            jit_save_flags(a, e);
-        if (backward) {
-            poll(a, e, out);
-            nout = 2;
+        struct place_of_code *k = cold ? a : &e->k;
+        uint8_t *asked = NULL, *unproved = NULL, *save = NULL;
+        if (!(flags & IN_CC) && flags & IN_RECIPE) { /* saved on the way only when `to` may show them */
+            save = jmp32(a);
+        } else if (!(flags & IN_CC)) {
+            jit_make_cc(a, e, flags, &e->recipe);
+            flags |= IN_CC;
         }
+        const uint8_t *saved = run_address(a);
+        if (backward)
+            asked = poll(a, e);
         if (l->leaves_page) {
             mov_load(a, S0, FIELD(e, jit.serial));
             put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->serial), 0);
-            out[nout++] = jcc32(a, COND_NZ);
+            unproved = jcc32(a, COND_NZ);
             alu_imm(a, true, 0, FIELD(e, jit.page), (int32_t)(offset & ~0xfffll));
         }
         l->far_site = jmp32(a);
-        struct place_of_code *k = cold ? a : &e->k;
         l->far_stub = run_address(k);
         if (l->leaves_page) /* unlinked: the page is not yet changed in the exits above */
             alu_imm(k, true, 0, FIELD(e, jit.page), -(int32_t)(offset & ~0xfffll));
-        for (unsigned i = 0; i < (backward ? 2u : 0); i++)
-            set_target(out[i], delta, run_address(k));
+        if (asked)
+            set_target(asked, delta, run_address(k));
+        jit_make_cc(k, e, flags & ~(unsigned)IN_EFLAGS, &e->recipe);
         exit_by(k, e, l);
-        if (l->leaves_page) {
-            set_target(out[nout - 1], delta, run_address(k));
+        if (unproved) {
+            set_target(unproved, delta, run_address(k));
+            jit_make_cc(k, e, flags & ~(unsigned)IN_EFLAGS, &e->recipe);
             lea(k, true, S0, rm_abs(l));
             jump_to(k, e->j->prove);
+        }
+        if (save) {
+            l->save_site = save - 1;
+            l->save_stub = run_address(k);
+            set_target(save, delta, l->save_stub);
+            jit_make_cc(k, e, flags, &e->recipe);
+            jump_to(k, saved);
         }
         set_target(l->far_site, delta, l->far_stub);
         return;
     }
-    l->saved = saved;
+    l->saved = flags & IN_CC;
     l->near_site = jmp32(a);
     l->near_stub = run_address(&e->k);
     set_target(l->near_site, delta, l->near_stub);
-    if (!saved)
-        jit_save_flags(&e->k, e);
-    l->far_site = jmp32(&e->k);
-    l->far_stub = run_address(&e->k);
-    set_target(l->far_site, delta, l->far_stub);
-    exit_by(&e->k, e, l);
+    near_stub(e, l);
 }
 
 /* A branch on a condition of EFLAGS. */
@@ -147,32 +165,41 @@ static void branch(struct emit *e, unsigned cond, int64_t target, int64_t behind
     l->near_site = jcc32(&e->a, cond);
     l->near_stub = run_address(&e->k);
     set_target(l->near_site, e->a.delta, l->near_stub);
-    if (!(e->flags & IN_CC))
-        jit_save_flags(&e->k, e);
-    l->far_site = jmp32(&e->k);
-    l->far_stub = run_address(&e->k);
-    set_target(l->far_site, e->a.delta, l->far_stub);
-    exit_by(&e->k, e, l);
+    near_stub(e, l);
     go(e, &e->a, 1, behind);
 }
 
 /* Bits above a canonical address. */
 static unsigned noncanonical(const struct emit *e) { return e->b->mode & MODE_LA57 ? 7 : 16; }
 
+/* SHL, SAR by the bits above a canonical address, CMP: is S0 one? Clobbers S1. */
+static uint8_t *unless_canonical(struct emit *e, struct place_of_code *a)
+{
+    mov_rr(a, S1, S0);
+    shift_imm(a, true, 4, S1, noncanonical(e));
+    shift_imm(a, true, 7, S1, noncanonical(e));
+    put_insn(a, 0, true, 0, 0x3b, S1, rm_reg(S0), 0);
+    return jcc32(a, COND_NZ);
+}
+
+static void drop_stack(struct place_of_code *a, int32_t bytes)
+{
+    if (bytes)
+        lea(a, true, GUEST_SP, rm_mem(GUEST_SP, bytes));
+}
+
 /* S0: where to. Looks it up; `drop`: bytes to take from the stack when it is sure. `again`: offset of the instruction,
- * for a target that is not canonical: the handler shall fault. */
+ * for a target that is not canonical: the handler shall fault. Flags that are not in c->cc go there only when the
+ * target may show them, or when it is not known. */
 static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint32_t again)
 {
     struct place_of_code *a = &e->a, *k = &e->k;
+    unsigned flags = e->flags & ~(unsigned)IN_EFLAGS;
     if (e->j->off & JIT_NO_INDIRECT) {
-        if (!canonical_known) {
-            mov_rr(a, S1, S0);
-            shift_imm(a, true, 4, S1, noncanonical(e));
-            shift_imm(a, true, 7, S1, noncanonical(e));
-            put_insn(a, 0, true, 0, 0x3b, S1, rm_reg(S0), 0);
-            jit_leave_if(e, COND_NZ, again);
-        }
-        lea(a, true, GUEST_SP, rm_mem(GUEST_SP, drop));
+        if (!canonical_known)
+            leave_from(e, unless_canonical(e, a), again);
+        jit_make_cc(a, e, flags, &e->recipe);
+        drop_stack(a, drop);
         mov_store(a, FIELD(e, rip), S0);
         jump_to(a, e->j->exit_rip);
         return;
@@ -183,23 +210,33 @@ static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint
     put_insn(a, 0, true, 0, 0x03, S1, rm_abs(e->j->data_target), 0);
     put_insn(a, 0, true, 0, 0x33, S0, FIELD(e, jit.context), 0);
     put_insn(a, 0, true, 0, 0x3b, S0, rm_mem(S1, offsetof(struct target, key)), 0);
-    uint8_t *miss = jcc32(a, COND_NZ);
-    if (drop)
-        lea(a, true, GUEST_SP, rm_mem(GUEST_SP, drop));
+    uint8_t *miss = jcc32(a, COND_NZ), *shown = NULL;
     mov_load(a, S0, rm_mem(S1, offsetof(struct target, page)));
+    if (!(flags & IN_CC)) {
+        put_insn(a, 0, false, 0, 0xf7, 0, rm_reg(S0), 4); /* TEST S0, TARGET_FLAGS */
+        put4(a, TARGET_FLAGS);
+        shown = jcc32(a, COND_NZ);
+    } else {
+        alu_imm(a, true, 4, rm_reg(S0), -4096);
+    }
+    drop_stack(a, drop);
     mov_store(a, FIELD(e, jit.page), S0);
     put_insn(a, 0, false, 0, 0xff, 4, rm_mem(S1, offsetof(struct target, code)), 0);
+    if (shown) {
+        set_target(shown, a->delta, run_address(k));
+        alu_imm(k, true, 4, rm_reg(S0), -4096);
+        mov_store(k, FIELD(e, jit.page), S0);
+        mov_load(k, S0, rm_mem(S1, offsetof(struct target, code)));
+        jit_make_cc(k, e, flags, &e->recipe);
+        drop_stack(k, drop);
+        put_insn(k, 0, false, 0, 0xff, 4, rm_reg(S0), 0);
+    }
     set_target(miss, a->delta, run_address(k));
     put_insn(k, 0, true, 0, 0x33, S0, FIELD(e, jit.context), 0);
-    if (!canonical_known) {
-        mov_rr(k, S1, S0);
-        shift_imm(k, true, 4, S1, noncanonical(e));
-        shift_imm(k, true, 7, S1, noncanonical(e));
-        put_insn(k, 0, true, 0, 0x3b, S1, rm_reg(S0), 0);
-        e->leave[e->nleave++] = (struct leave){jcc32(k, COND_NZ), again, {0, 0, false}};
-    }
-    if (drop)
-        lea(k, true, GUEST_SP, rm_mem(GUEST_SP, drop));
+    if (!canonical_known)
+        leave_from(e, unless_canonical(e, k), again);
+    jit_make_cc(k, e, flags, &e->recipe);
+    drop_stack(k, drop);
     mov_store(k, FIELD(e, rip), S0);
     jump_to(k, e->j->find);
 }
@@ -208,12 +245,8 @@ static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint
 
 static void poll_or_leave(struct emit *e, uint32_t offset)
 {
-    uint8_t *out[2];
-    if (e->shadow) /* no interrupt right behind STI */
-        return;
-    poll(&e->a, e, out);
-    e->leave[e->nleave++] = (struct leave){out[0], offset, {0, 0, false}};
-    e->leave[e->nleave++] = (struct leave){out[1], offset, {0, 0, false}};
+    if (!e->shadow) /* no interrupt right behind STI */
+        leave_from(e, poll(&e->a, e), offset);
 }
 
 /* Here the slow path of a terminator's access comes back: its own, or that of a group which ends with it. */
@@ -239,6 +272,7 @@ static void push_return(struct emit *e, const struct decoded *d, uint32_t behind
     mov_store(&e->a, m, S1);
     lea(&e->a, true, GUEST_SP, rm_mem(GUEST_SP, -8));
     part_ends(e, d, s, op_jit_push)->return_offset = behind;
+    jit_stack_has_moved(e, d);
 }
 
 /* Loads the target of an indirect branch into S0. */
@@ -247,7 +281,7 @@ static bool indirect_target(struct emit *e, const struct decoded *d)
     unsigned guest = d->uop.d / 8;
     if (d->enc.osize != 8 || d->has_prefix || (d->enc.mem && !jit_can_address(e, d)))
         return false;
-    jit_need_cc(e);
+    jit_lose_eflags(e);
     if (!d->enc.mem) {
         if (homed(guest))
             mov_load(&e->a, S0, rm_abs(&e->c->gpr[guest]));
@@ -274,9 +308,7 @@ static bool terminator(struct emit *e, const struct decoded *d)
     case JIT_JCC:
         if (d->cond == 0xff)
             return false;
-        if (!(e->flags & IN_EFLAGS))
-            jit_restore_flags(&e->a, e);
-        e->flags |= IN_EFLAGS;
+        jit_need_eflags(e);
         branch(e, d->cond, target, next);
         return true;
     case JIT_JMP:
@@ -287,7 +319,6 @@ static bool terminator(struct emit *e, const struct decoded *d)
     case JIT_CALL:
         if (d->enc.osize != 8)
             return false;
-        jit_need_cc(e);
         push_return(e, d, behind);
         go(e, &e->a, 0, target);
         return true;
@@ -302,11 +333,7 @@ static bool terminator(struct emit *e, const struct decoded *d)
             return false;
         struct place_of_code *a = &e->a;
         poll_or_leave(e, at);
-        mov_rr(a, S1, S0);
-        shift_imm(a, true, 4, S1, noncanonical(e));
-        shift_imm(a, true, 7, S1, noncanonical(e));
-        put_insn(a, 0, true, 0, 0x3b, S1, rm_reg(S0), 0);
-        jit_leave_if(e, COND_NZ, at);
+        leave_from(e, unless_canonical(e, a), at);
         mov_store(a, FIELD(e, scratch[2]), S0);
         push_return(e, d, behind);
         mov_load(a, S0, FIELD(e, scratch[2]));
@@ -316,7 +343,7 @@ static bool terminator(struct emit *e, const struct decoded *d)
     case JIT_RET: {
         if (d->enc.osize != 8)
             return false;
-        jit_need_cc(e);
+        jit_lose_eflags(e);
         poll_or_leave(e, at);
         struct slow *s = jit_begin_access(e);
         struct rm m = jit_probe(e, GUEST_SP, 0, 8, false, s);
@@ -374,6 +401,7 @@ static void slow_paths(struct emit *e)
         struct slow *s = &e->slow[i];
         for (unsigned n = 0; n < s->sites; n++)
             set_target(s->site[n], k->delta, run_address(k));
+        jit_make_cc(k, e, s->flags, &s->recipe);
         if (s->return_offset) {
             mov_load(k, S1, FIELD(e, jit.page));
             lea(k, true, S1, rm_mem(S1, (int32_t)s->return_offset));
@@ -389,6 +417,7 @@ static void slow_paths(struct emit *e)
     }
     for (unsigned i = 0; i < e->nleave; i++) {
         set_target(e->leave[i].site, k->delta, run_address(k));
+        jit_make_cc(k, e, e->leave[i].flags, &e->leave[i].recipe);
         jit_spill(k, e, e->leave[i].spill);
         put_insn(k, 0, false, 0, 0xc6, 0, FIELD(e, jit.once), 1);
         put1(k, 1);
@@ -427,9 +456,13 @@ static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const str
         e->shadow = done && d[done - 1].uop.fn == op_sti;
         if (!e->group)
             jit_group_begin(e, d, done, n);
+        if (i->row)
+            jit_registers_will_change(e, i, observed[done]);
         if (end && !sti ? terminator(e, i) : jit_insn(e, i, observed[done])) {
             if (e->group && e->group_last == done)
                 jit_group_end(e, d, NULL);
+            if (!end)
+                jit_stack_has_moved(e, i);
             continue;
         }
         if (e->group)

@@ -17,6 +17,7 @@
 
 /* A host address for an indirect jump: key is RIP ^ context. */
 struct target { uint64_t key; const uint8_t *code; uint64_t page; struct jit_block *block; };
+#define TARGET_FLAGS 1 /* in `page`: the block may show the flags that it gets */
 
 struct jit_block;
 /* One way out of a block. `near`: the jump itself, or a branch to the stub; `far`: the jump at the stub's end. */
@@ -25,7 +26,8 @@ struct jit_link {
     struct jit_block *from, *to;
     struct jit_link *next;   /* of those that lead to `to` */
     uint8_t *near_site, *far_site; /* where displacements stand, to write; NULL: there is none */
-    const uint8_t *near_stub, *far_stub; /* where they lead without a link */
+    uint8_t *save_site;      /* a jump to where the flags are saved, or a NOP when `to` overwrites them; NULL: saved in line */
+    const uint8_t *near_stub, *far_stub, *save_stub; /* where they lead without a link */
     int32_t delta;           /* target - start of the page that `from` is in */
     bool leaves_page;
     bool saved;              /* the flags are in c->cc before the near jump already */
@@ -80,7 +82,14 @@ void jit_tell_perf(uint64_t rip, const struct piece *pieces, unsigned count); /*
 OP_DECL(jit_back);
 
 /* ---- emission ---- */
-enum { IN_CC = 1, IN_EFLAGS = 2 };
+enum { IN_CC = 1, IN_EFLAGS = 2, IN_RECIPE = 4 }; /* where the flags are: jit_flags.c */
+struct recipe {
+    uint8_t kind, size, dst, src; /* host registers */
+    bool wide;
+    int32_t imm, moved;      /* of dst since: only RSP may move */
+    uint32_t uses;           /* guest registers */
+    uint8_t bytes[15];
+};
 #define SLOW_SITES 4
 struct vectors { /* registers of which 16 bytes, and those of which 32 are meant */
     uint16_t low, full;
@@ -93,9 +102,11 @@ struct slow { /* out of line: the interpreter does it */
     const struct uop *uop;
     bool restore;            /* EFLAGS are wanted behind it */
     struct vectors spill, reload;
+    unsigned flags;          /* where they are on the way here */
+    struct recipe recipe;
     uint32_t return_offset;  /* of a CALL: what its push shall store, from the start of the page; 0: none */
 };
-struct leave { uint8_t *site; uint32_t offset; struct vectors spill; }; /* to the loop, with RIP at this offset in the page */
+struct leave { uint8_t *site; uint32_t offset; struct vectors spill; unsigned flags; struct recipe recipe; }; /* to the loop, with RIP at this offset in the page */
 
 #define MAX_SLOW 160
 #define MAX_LEAVE 96
@@ -109,6 +120,7 @@ struct emit {
     struct jit_block *jb;
     uint32_t start;          /* of the block, in its page */
     unsigned flags;          /* IN_* */
+    struct recipe recipe;    /* with IN_RECIPE */
     struct slow slow[MAX_SLOW];
     unsigned nslow;
     struct leave leave[MAX_LEAVE];
@@ -135,8 +147,6 @@ void *jit_data(struct jit *j, size_t size); /* NULL: full */
 /* jit_insn.c: one instruction that does not end a block. False: it has no emission. observed: flags that may be seen after it */
 bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed);
 void jit_helper(struct emit *e, const struct decoded *d);
-void jit_save_flags(struct place_of_code *a, struct emit *e);
-void jit_restore_flags(struct place_of_code *a, struct emit *e);
 /* Micro-op of a slow path or helper call; fn NULL: its own */
 const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn);
 /* Proves an access of `size` bytes at host register `base` + disp and gives the operand. Clobbers S0, S1, EFLAGS. */
@@ -155,8 +165,19 @@ struct operands {
 void jit_find_operands(const struct decoded *d, struct operands *o);
 unsigned jit_count_homed(const struct operands *o);
 bool jit_copy_access(const struct decoded *d, unsigned *size, bool *write); /* as JIT_COPY does; false: it would not */
-void jit_need_cc(struct emit *e);
 void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset);
+/* jit_flags.c */
+void jit_flags_made(struct emit *e, const struct decoded *d, unsigned size); /* by the `size` bytes before e->a.p */
+void jit_need_cc(struct emit *e);
+void jit_need_eflags(struct emit *e);    /* clobbers S1 */
+void jit_lose_eflags(struct emit *e);    /* they are about to be clobbered */
+void jit_make_cc(struct place_of_code *a, struct emit *e, unsigned flags, const struct recipe *r); /* out of line; clobbers S1 */
+void jit_restore_flags(struct place_of_code *a, struct emit *e);
+void jit_registers_will_change(struct emit *e, const struct decoded *d, uint8_t observed); /* before `d` is emitted */
+void jit_stack_has_moved(struct emit *e, const struct decoded *d); /* after it */
+/* General registers that an instruction writes, all of them where that is not obvious; RSP moves by a constant. */
+unsigned jit_written(const struct decoded *d);
+bool jit_moves_stack(const struct decoded *d, int64_t *by);
 /* jit_group.c. `part`: the handler of the part of the last instruction that belongs to the group; NULL: all of it */
 bool jit_group_begin(struct emit *e, const struct decoded *d, unsigned at, unsigned n);
 void jit_group_end(struct emit *e, const struct decoded *d, uop_fn part);

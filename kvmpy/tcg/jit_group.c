@@ -49,19 +49,22 @@ static bool access_of(const struct emit *e, const struct decoded *d, struct reac
 }
 
 /* General registers that it writes; all of them where that is not obvious. */
-static unsigned written(const struct decoded *d)
+unsigned jit_written(const struct decoded *d)
 {
     struct operands o;
     const struct oprow *r = d->row;
     unsigned op = d->enc.opcode, map = d->enc.vex ? 4u + d->enc.map : d->enc.map;
-    if (r->jit == JIT_NOP)
+    if (r->jit == JIT_NOP || (r->jit == JIT_COPYR && map == 0 && (op & 0xfe) != 0xf6) || r->jit == JIT_JCC ||
+        r->jit == JIT_JMP || r->jit == JIT_JMPIND || r->jit == JIT_RET /* its pop comes last of all */)
         return 0;
+    if (r->jit == JIT_LEAVE)
+        return 1u << RSP | 1u << RBP;
     if (r->jit == JIT_FIXED)
         return 1u << RAX | 1u << RDX;
     if (r->jit == JIT_XCHGAX)
         return 1u << RAX | 1u << d->uop.d / 8;
-    if (r->jit == JIT_PUSH)
-        return 0;
+    if (r->jit == JIT_PUSH || r->jit == JIT_CALL || r->jit == JIT_CALLIND)
+        return 1u << RSP;
     jit_find_operands(d, &o);
     unsigned named = 0;
     const int all[4] = {o.reg, o.rm, o.opcode, o.vvvv};
@@ -85,16 +88,16 @@ static unsigned written(const struct decoded *d)
     case 'Z': first = o.opcode; break;
     default: break;
     }
-    return first >= 0 ? 1u << first : 0;
+    return (first >= 0 ? 1u << first : 0) | (r->jit == JIT_POP ? 1u << RSP : 0);
 }
 
 /* RSP moves by a constant. */
-static bool moves_stack(const struct decoded *d, int64_t *by)
+bool jit_moves_stack(const struct decoded *d, int64_t *by)
 {
     const struct uop *u = &d->uop;
     *by = 0;
-    if (d->row->jit == JIT_PUSH || d->row->jit == JIT_POP)
-        *by = d->row->jit == JIT_PUSH ? -8 : 8;
+    if (d->row->jit == JIT_PUSH || d->row->jit == JIT_CALL || d->row->jit == JIT_CALLIND || (d->row->jit == JIT_POP && d->uop.d != RSP * 8))
+        *by = d->row->jit == JIT_POP ? 8 : -8;
     else if (d->enc.osize != 8 || u->d != RSP * 8)
         return false;
     else if (d->row->jit == JIT_LEA && u->base == RSP * 8 && u->index == REG_ZERO && !u->aflags)
@@ -151,17 +154,16 @@ bool jit_group_begin(struct emit *e, const struct decoded *d, unsigned at, unsig
         }
         if (ends)
             break;
-        if (first.base == RSP && moves_stack(&d[i], &by)) {
+        if (first.base == RSP && jit_moves_stack(&d[i], &by)) {
             moved += by;
             if (moved != (int32_t)moved)
                 break;
-        } else if (written(&d[i]) >> first.base & 1) {
+        } else if (jit_written(&d[i]) >> first.base & 1) {
             break;
         }
     }
     if (count < 2 || lo != (int32_t)lo || hi != (int32_t)hi)
         return false;
-    jit_need_cc(e);
     struct slow *s = jit_new_slow(e);
     jit_probe(e, host_reg(first.base), (int32_t)lo, (unsigned)(hi - lo), write, s);
     e->group = s;
@@ -193,7 +195,7 @@ void jit_group_end(struct emit *e, const struct decoded *d, uop_fn part)
     }
     *u = (struct uop){.fn = op_jit_back, .off = u[-1].off, .base = REG_ZERO, .index = REG_ZERO};
     s->resume = run_address(&e->a);
-    s->restore = !part && e->flags & IN_EFLAGS;
+    s->restore = e->flags & IN_EFLAGS;
     s->reload = e->held;
     e->group = NULL;
 }

@@ -11,41 +11,6 @@
 
 _Static_assert(sizeof(struct tlb_entry) == 32, "the probe computes an entry's place by shifts");
 
-/* ---- flags ---- */
-
-/* LAHF and SETO make c->cc's format. S1 is clobbered, EFLAGS stay. */
-void jit_save_flags(struct place_of_code *a, struct emit *e)
-{
-    mov_rr(a, S1, RAX);
-    put1(a, 0x9f);
-    put_insn(a, 0, false, 1, 0x90, 0, rm_reg(RAX), 0);
-    put_insn(a, P_66, false, 0, 0x89, RAX, rm_abs(&e->c->cc), 0);
-    mov_rr(a, RAX, S1);
-}
-
-void jit_restore_flags(struct place_of_code *a, struct emit *e)
-{
-    mov_rr(a, S1, RAX);
-    put_insn(a, 0, false, 1, 0xb7, RAX, rm_abs(&e->c->cc), 0);
-    put1(a, 0x04); /* ADD AL, 127 makes OF of bit 0 */
-    put1(a, 127);
-    put1(a, 0x9e);
-    mov_rr(a, RAX, S1);
-}
-
-void jit_need_cc(struct emit *e)
-{
-    if (!(e->flags & IN_CC))
-        jit_save_flags(&e->a, e);
-    e->flags |= IN_CC;
-}
-static void need_eflags(struct emit *e)
-{
-    if (!(e->flags & IN_EFLAGS))
-        jit_restore_flags(&e->a, e);
-    e->flags |= IN_EFLAGS;
-}
-
 /* ---- the interpreter's handlers ---- */
 
 const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn)
@@ -81,15 +46,15 @@ struct slow *jit_new_slow(struct emit *e)
     struct slow *s = &e->slow[e->nslow++];
     memset(s, 0, sizeof *s);
     s->spill = e->dirty;
+    jit_lose_eflags(e); /* the probe does it */
+    s->flags = e->flags;
+    s->recipe = e->recipe;
     return s;
 }
 
 struct slow *jit_begin_access(struct emit *e)
 {
-    if (e->group)
-        return NULL;
-    jit_need_cc(e);
-    return jit_new_slow(e);
+    return e->group ? NULL : jit_new_slow(e);
 }
 
 static void slow_if(struct emit *e, struct slow *s, unsigned cond) { s->site[s->sites++] = jcc32(&e->a, cond); }
@@ -168,7 +133,6 @@ static void look_up(struct emit *e, bool write, struct slow *s)
     put_insn(a, 0, true, 0, 0x3b, S1, rm_mem(S0, write ? offsetof(struct tlb_entry, wr) : offsetof(struct tlb_entry, rd)), 0);
     slow_if(e, s, COND_NZ);
     mov_load(a, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)));
-    e->flags &= ~(unsigned)IN_EFLAGS;
 }
 
 struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s)
@@ -232,15 +196,6 @@ static bool wants_eflags(const struct decoded *d, uint8_t observed)
 {
     return d->flags_read || (d->flags_written && (observed & ~d->flags_written));
 }
-static void flags_made(struct emit *e, const struct decoded *d)
-{
-    if (!d->flags_written)
-        return;
-    e->flags = IN_EFLAGS;
-    if (e->j->off & JIT_NO_FLAGS)
-        jit_need_cc(e);
-}
-
 void jit_find_operands(const struct decoded *d, struct operands *o)
 {
     const uint8_t slot[4] = {d->uop.d, d->uop.s, d->uop.x, 0};
@@ -327,7 +282,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
     }
     bool eflags = wants_eflags(d, observed);
     if (!mem && eflags)
-        need_eflags(e);
+        jit_need_eflags(e);
     struct slow *s = NULL;
     struct rm rm = {0};
     struct scratch scratch = {.used = 0};
@@ -335,7 +290,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
         s = jit_begin_access(e);
         rm = jit_operand(e, d, size, write, s, nhomed > 0 || eflags);
         if (eflags)
-            need_eflags(e);
+            jit_need_eflags(e);
     } else if (o.rm >= 0) {
         rm = rm_reg(o.high_rm ? (unsigned)o.rm + 4 : fetch(e, o.rm, &scratch));
     }
@@ -343,6 +298,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
     if (o.reg >= 0)
         reg = o.high_reg ? (unsigned)o.reg + 4 : fetch(e, o.reg, &scratch);
     unsigned p = prefixes(d) | (o.byte && !high ? P_REX : 0), vvvv = o.vvvv >= 0 ? fetch(e, o.vvvv, &scratch) : 0;
+    const uint8_t *start = e->a.p;
     if (d->enc.vex) {
         static const uint8_t pp[] = {0, 0, 1, 2, 3};
         put_vex(&e->a, pp[r->prefix], d->enc.w, d->enc.l, d->enc.map, d->enc.opcode, reg, vvvv, rm, d->enc.imm);
@@ -360,11 +316,12 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
         put_insn(&e->a, p, wide(d), d->enc.map, d->enc.opcode, reg, rm, d->enc.imm);
     }
     immediate(e, d);
+    unsigned length = (unsigned)(e->a.p - start);
     give_back(e, o.reg, reg);
     give_back(e, mem ? -1 : o.rm, rm.reg);
     give_back(e, o.opcode, rm.reg);
     give_back(e, o.vvvv, vvvv);
-    flags_made(e, d);
+    jit_flags_made(e, d, length);
     if (mem)
         jit_resume(e, d, s);
     return true;
@@ -374,14 +331,15 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
 static bool fixed(struct emit *e, const struct decoded *d, uint8_t observed)
 {
     if (wants_eflags(d, observed))
-        need_eflags(e);
+        jit_need_eflags(e);
+    const uint8_t *start = e->a.p;
     if (prefixes(d) & P_66)
         put1(&e->a, 0x66);
     if (wide(d))
         put1(&e->a, 0x48);
     put1(&e->a, d->enc.opcode);
     immediate(e, d);
-    flags_made(e, d);
+    jit_flags_made(e, d, (unsigned)(e->a.p - start));
     return true;
 }
 
@@ -468,7 +426,7 @@ static bool divide(struct emit *e, const struct decoded *d)
     jit_find_operands(d, &o);
     if (d->row->size != 1 || d->enc.osize == 2 || (d->enc.mem && !jit_can_address(e, d)))
         return false;
-    jit_need_cc(e);
+    jit_need_cc(e); /* the flags are undefined: they stay, as the interpreter leaves them */
     struct slow *s = jit_new_slow(e);
     if (d->enc.mem) { /* read once: another processor may write it meanwhile */
         struct rm m = jit_operand(e, d, d->enc.osize, false, s, false);
@@ -492,7 +450,7 @@ static bool divide(struct emit *e, const struct decoded *d)
         slow_if(e, s, COND_AE);
     }
     put_insn(a, 0, w, 0, 0xf7, (unsigned)d->row->digit, rm_reg(S1), 0);
-    e->flags = IN_CC; /* the flags are undefined: they stay, as the interpreter leaves them */
+    e->flags = IN_CC;
     jit_resume(e, d, s);
     return true;
 }

@@ -112,11 +112,10 @@ static void need_masked(struct emit *e, const struct decoded *d)
 {
     if (e->masked)
         return;
-    jit_need_cc(e);
+    jit_lose_eflags(e);
     put_insn(&e->a, 0, false, 0, 0x8b, S0, FIELD(e, mxcsr), 0);
     alu_imm(&e->a, false, 4, rm_reg(S0), MX_MASKS);
     alu_imm(&e->a, false, 7, rm_reg(S0), MX_MASKS);
-    e->flags &= ~(unsigned)IN_EFLAGS;
     jit_leave_if(e, COND_NZ, e->start + d->uop.off);
     e->masked = true;
 }
@@ -173,8 +172,6 @@ bool jit_vector(struct emit *e, const struct decoded *d)
     bool fresh = vex ? !(r->vec & VEC_READS) : r->vec & VEC_FRESH || (r->vec & VEC_FRESH_LOAD && d->enc.mem);
     if (r->vec & VEC_FP)
         need_masked(e, d);
-    if (d->enc.mem && !e->group)
-        jit_need_cc(e);
     const int vectors[3] = {s.gpr_reg ? -1 : s.reg, s.gpr_rm ? -1 : s.rm, s.vvvv};
     const unsigned of[3] = {'V', 'W', 'H'};
     for (unsigned i = 0; i < 3; i++) {

@@ -6,7 +6,7 @@
  * KVM_RUN (except those that faults raise), so that none can slip in between a look and going to sleep:
  *  - a sleep is a ppoll() that unblocks them while it waits, so a signal ends it;
  *  - running guest code, a ticker thread makes each vCPU leave cpu_run() every 10 ms to ask sigpending(). Kicks of
- *    kvmpy do not wait for that: they set immediate_exit, which the core polls.
+ *    kvmpy do not wait for that: they set immediate_exit and come through engine.h's kick().
  * At the end the old mask is back and the handlers run, then KVM_RUN returns -EINTR.
  */
 #define _GNU_SOURCE

@@ -26,6 +26,7 @@ MAP = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_
 UNMAP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 PREAD = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64)
 WROTE = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
+KICK = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 class Door(ctypes.Structure):
@@ -41,17 +42,19 @@ class Door(ctypes.Structure):
         ("unmap", UNMAP),
         ("pread", PREAD),
         ("wrote", WROTE),
+        ("kick", KICK),
     ]
 
 
 class FakeEngine:
     """`kvm` speaks to it; `calls` are the ioctls so far, `answers` what each returns (or does), by name."""
 
-    def __init__(self, version: int = 1) -> None:
+    def __init__(self, version: int = 2) -> None:
         self.calls: list[str] = []
         self.closed: list[int] = []
         self.unmapped = 0
         self.wrote: list[tuple[int, int, int]] = []
+        self.kicked: list[int] = []
         self.stats = b""
         self.capabilities: dict[int, int] = {}
         self.answers: dict[str, int | Callable[[int], int]] = {
@@ -72,6 +75,7 @@ class FakeEngine:
             UNMAP(self._unmap),
             PREAD(self._pread),
             WROTE(lambda vm, gpa, size: self.wrote.append((vm, gpa, size))),
+            KICK(self.kicked.append),
         )
         new_capsule = ctypes.pythonapi.PyCapsule_New
         new_capsule.restype = ctypes.py_object

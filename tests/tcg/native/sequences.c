@@ -126,7 +126,7 @@ static void run(struct cpu *c, uint64_t at, const uint64_t *gpr, uint64_t flags,
     cpu_set_rflags(c, flags);
     cpu_update(c);
     running = c;
-    setitimer(ITIMER_REAL, &(struct itimerval){.it_value.tv_usec = 500000}, NULL);
+    setitimer(ITIMER_REAL, &(struct itimerval){.it_value.tv_usec = 100000}, NULL);
     o->stop = cpu_run(c);
     setitimer(ITIMER_REAL, &(struct itimerval){0}, NULL);
     memcpy(o->gpr, c->gpr, sizeof o->gpr);
