@@ -41,11 +41,12 @@ def linux():
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
     with contextlib.ExitStack() as stack:
 
-        def make(run, nets, transport="pci"):
+        def make(run, nets, transport="pci", cpus=1):
             machine = Machine(
                 kernel=guest.kernel,
                 initrd=guest.initrd_modules,
                 memory="256M",
+                cpus=cpus,
                 backend="tcg",
                 transport=transport,
                 nets=nets,
@@ -131,6 +132,30 @@ def test_user_mode_network(linux, transport):
         stats = machine.stats()
         assert stats["networks"]["net0"]["tcp_opened"] >= 2
         assert 'kvmpy_network_tcp_opened_total{device="net0"}' in stats.prometheus()
+
+
+@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.slow)])
+def test_two_processors_use_two_queues_of_a_tap(linux, namespace, transport):
+    words = f"tap:guest0,netns={namespace.name},address=192.168.77.1/24,queues=2"
+    run = (
+        "ls -d /sys/class/net/eth0/queues/*\n"
+        "ip addr add 192.168.77.2/24 dev eth0; ip link set eth0 up\n"
+        "for cpu in 1 2; do taskset $cpu ping -c 3 192.168.77.1 || exit 1; done"
+    )
+    try:
+        machine = linux(run, [words], transport, cpus=2)
+    except NetworkError as error:
+        pytest.skip(str(error))
+    with machine:
+        text = ended(machine)
+        assert text.count("3 packets received") == 2
+        for name in ("rx-0", "rx-1", "tx-0", "tx-1"):
+            assert f"queues/{name}" in text
+        requests = [queue[0] for queue in machine.stats()["virtio"]["net0"]["queues"]]
+        for pair in (0, 1):
+            assert requests[2 * pair + 1] >= 3, "its processor sends here"
+            assert requests[2 * pair] >= 3, "and the answers come back here"
+    assert "guest0" not in namespace.run("ip", "link")
 
 
 def test_tap_in_a_namespace(linux, namespace, tmp_path):

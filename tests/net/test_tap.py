@@ -92,8 +92,8 @@ def test_an_interface_that_exists_is_used_and_stays(tap, namespace):
 
 def test_several_queues(tap, namespace):
     with tap(queues=3) as made:
-        assert len({queue.fd for queue in made.backends}) == 3
-        assert {queue.name for queue in made.backends} == {made.name}
+        assert len({queue.fd for queue in made.queues}) == 3
+        assert {queue.name for queue in made.queues} == {made.name}
 
 
 @needs_nft
