@@ -219,7 +219,8 @@ def test_two_guests_over_the_switch(linux):
 
 
 @pytest.mark.slow
-def test_a_guest_of_qemu_on_our_network(linux, tmp_path):
+@pytest.mark.parametrize("server", ["off", "on"])
+def test_a_guest_of_qemu_on_our_network(linux, tmp_path, server):
     """QEMU's `-netdev stream` is plugged into our switch, whose uplink is the user-mode network."""
     qemu = shutil.which("qemu-system-x86_64")
     if qemu is None:
@@ -230,13 +231,13 @@ def test_a_guest_of_qemu_on_our_network(linux, tmp_path):
     path = tmp_path / "wire"
     with web_server() as port, Switch() as switch:
         switch.connect(UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{port}"]))
-        switch.connect(StreamSocket(path, listen=True))
+        switch.connect(StreamSocket(path, **({"listen": True} if server == "off" else {"reconnect": 0.1})))
         words = parameters(run, modules=MODULES, reboot=True)
         done = subprocess.run(
             [qemu, "-M", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot",
              "-serial", "stdio", "-kernel", linux.guest.kernel, "-initrd", linux.guest.initrd_modules,
              "-append", f"console=ttyS0 nokaslr quiet panic=-1 {words}",
-             "-netdev", f"stream,id=n,server=off,addr.type=unix,addr.path={path}",
+             "-netdev", f"stream,id=n,server={server},addr.type=unix,addr.path={path}",
              "-device", "virtio-net-pci,netdev=n"],
             capture_output=True, text=True, timeout=180, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -160,7 +161,7 @@ def test_owners():
 
 
 def test_macvtap(namespace):
-    """Made by hand; its descriptor is a back end."""
+    """Made by hand; its descriptor is a back end. The other end of the wire is asked for its address, and answers."""
     namespace.run("ip", "link", "add", "base0", "type", "veth", "peer", "name", "base1")
     error = namespace.run("ip", "link", "add", "link", "base0", "name", "mac0", "type", "macvtap", check=False)
     if error:
@@ -172,6 +173,19 @@ def test_macvtap(namespace):
         pytest.skip(f"/dev/tap{index}: {error.strerror}")
     with TapFd(fd) as made:
         made.set_offloads(made.offloads)
+        namespace.run("ip", "addr", "add", "192.168.7.1/24", "dev", "base1")
+        for name in ("base0", "base1", "mac0"):
+            namespace.run("ip", "link", "set", name, "up")
+        mac = bytes.fromhex(links(namespace)["mac0"]["address"].replace(":", ""))
+        asked = bytes([0, 1, 8, 0, 6, 4, 0, 1]) + mac + bytes([192, 168, 7, 2]) + bytes(6) + bytes([192, 168, 7, 1])
+        os.write(made.fd, bytes(12) + b"\xff" * 6 + mac + b"\x08\x06" + asked)
+        poll = select.poll()
+        poll.register(made.fd, select.POLLIN)
+        answer = b""
+        while answer[24:26] != b"\x08\x06" and poll.poll(10_000):  # there may be frames of IPv6's before it
+            answer = os.read(made.fd, 2048)
+        there = bytes.fromhex(links(namespace)["base1"]["address"].replace(":", ""))
+        assert answer[12:24] == mac + there and answer[32:38] == b"\0\2" + there[:4], "a reply (RFC 826)"
 
 
 @pytest.mark.parametrize(
