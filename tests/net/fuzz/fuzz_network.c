@@ -20,7 +20,7 @@
 #define MUST(what) do { if (!(what)) { fprintf(stderr, "broken: %s\n", #what); abort(); } } while (0)
 
 enum { FRAME, WAIT, HOST_SENDS, HOST_CLOSES, HOST_ANSWERS, TAKES, HOST_CONNECTS, SWITCH, WHAT };
-enum { FIX_IP = 1, FIX_TCP = 2 };
+enum { FIX_IP = 1, FIX_TCP = 2, FIX_GAP = 4, FIX_OLD = 8 };
 enum { PEERS = 4 };
 
 /* The network's clock: what was built with -Dclock_gettime=fuzz_clock. Its seconds pass as fast as wanted. */
@@ -32,8 +32,8 @@ int fuzz_clock(clockid_t clock, struct timespec *t)
     return result;
 }
 
-static int port[2], server, udp, incoming, peers[PEERS];
-static struct sockaddr_in server_at, udp_at, incoming_at;
+static int port[2], server, udp, incoming, incoming_udp, peers[PEERS];
+static struct sockaddr_in server_at, udp_at, incoming_at, incoming_udp_at;
 static uint8_t answer[VNET + MAX_FRAME], tcp_answer[VNET + ETHER + 60];
 static size_t answer_size, tcp_data; /* tcp_data: bytes that the last segment to the guest carried */
 
@@ -52,6 +52,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     server = listening(SOCK_STREAM, &server_at);
     udp = listening(SOCK_DGRAM, &udp_at);
     incoming = listening(SOCK_STREAM, &incoming_at);
+    incoming_udp = listening(SOCK_DGRAM, &incoming_udp_at);
     for (int i = 0; i < PEERS; i++)
         peers[i] = -1;
     return 0;
@@ -71,6 +72,8 @@ static struct stack *network(void)
                        .gateway6 = {{0xFD, [15] = 2}}, .dns6 = {{0xFD, [15] = 3}}};
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, port))
         exit(2);
+    int room = MAX_FRAME; /* for one large frame or some dozens of small ones */
+    setsockopt(port[0], SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
     struct stack *s = stack_new(&c, port[0]);
     struct endpoint to;
     MUST(s);
@@ -82,10 +85,15 @@ static struct stack *network(void)
     struct target resolver = target_of(&to);
     struct forward datagrams[] = {{IP_UDP, {v4(10, 0, 2, 2), 7000}, resolver}, {IP_UDP, {{{0xFD, [15] = 2}}, 7000}, resolver}};
     MUST(!stack_forward(s, &datagrams[0]) && !stack_forward(s, &datagrams[1]) && !stack_set_resolvers(s, &resolver, 1));
+    to = (struct endpoint){v4(127, 0, 0, 1), 1};
+    struct forward nobody[] = {{IP_TCP, {v4(10, 0, 2, 100), 81}, target_of(&to)},
+                               {IP_UDP, {v4(10, 0, 2, 2), 7001}, target_of(&to)}};
+    MUST(!stack_forward(s, &nobody[0]) && !stack_forward(s, &nobody[1]));
     struct rule rule = {.verdict = ALLOW, .protocols = 7, .high = 65535, .name = ".good.test"};
     MUST(!stack_set_rules(s, &rule, 1, DENY, true));
     struct endpoint guest = {v4(10, 0, 2, 15), 80};
     MUST(!stack_listen(s, fcntl(incoming, F_DUPFD_CLOEXEC, 0), IP_TCP, &guest));
+    MUST(!stack_listen(s, fcntl(incoming_udp, F_DUPFD_CLOEXEC, 0), IP_UDP, &guest));
     return s;
 }
 
@@ -109,14 +117,14 @@ static void look(void)
     }
 }
 
-/* The guest goes on with the connection of the last segment that it was sent. */
-static void connection(uint8_t *tcp)
+/* The guest goes on with the connection of the last segment that it was sent; or after a gap, or as if it had lost this. */
+static void connection(uint8_t *tcp, unsigned how)
 {
     const uint8_t *last = tcp_answer + VNET + ETHER + 20;
     memcpy(tcp, last + 2, 2);
     memcpy(tcp + 2, last, 2);
-    memcpy(tcp + 4, last + 8, 4);
-    put32(tcp + 8, get32(last + 4) + tcp_data + (last[13] & (SYN | FIN) ? 1 : 0));
+    put32(tcp + 4, get32(last + 8) + (how & FIX_GAP ? 100 : 0));
+    put32(tcp + 8, get32(last + 4) + (how & FIX_OLD ? 0 : tcp_data + (last[13] & (SYN | FIN) ? 1 : 0)));
 }
 
 static void frame(struct stack *s, unsigned how, const uint8_t *data, size_t size)
@@ -129,7 +137,7 @@ static void frame(struct stack *s, unsigned how, const uint8_t *data, size_t siz
     size_t left = size < VNET + ETHER + 20 ? 0 : size - VNET - ETHER;
     if (left && get16(ip - 2) == ETHER_IP4) {
         if (how & FIX_TCP && ip[9] == IP_TCP && left >= 40)
-            connection(ip + 20);
+            connection(ip + 20, how);
         if (how & FIX_IP) {
             put16(ip + 10, 0);
             put_sum(ip + 10, sum_end(sum_bytes(ip, 20, 0)));
@@ -166,12 +174,14 @@ static void host(struct stack *s, unsigned what, unsigned how, const uint8_t *da
         break;
     case HOST_ANSWERS: /* a datagram; to a question of the DNS with its number */
         if (recvfrom(udp, room, 2, 0, (void *)&from, &length) >= 0) {
-            memcpy(room + 2, data, size < 2 ? 0 : size - 2);
+            memcpy(room + 2, data + 2, size < 2 ? 0 : size - 2);
             sendto(udp, room, size, 0, (void *)&from, length);
         }
         break;
     default: /* HOST_CONNECTS */
-        if (*peer < 0) {
+        if (how & 128) {
+            sendto(udp, data, size, 0, (void *)&incoming_udp_at, sizeof(incoming_udp_at));
+        } else if (*peer < 0) {
             *peer = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
             if (connect(*peer, (void *)&incoming_at, sizeof(incoming_at)) && errno != EINPROGRESS)
                 errno = 0;
@@ -299,7 +309,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     for (int fd; (fd = accept(incoming, NULL, NULL)) >= 0; close(fd))
         ;
-    while (recv(udp, answer, 1, 0) >= 0)
+    while (recv(udp, answer, 1, 0) >= 0 || recv(incoming_udp, answer, 1, 0) >= 0)
         ;
     return 0;
 }
