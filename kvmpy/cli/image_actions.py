@@ -169,7 +169,7 @@ def convert(options: argparse.Namespace) -> int:
 
     if options.options == ["help"]:
         return _show_options(options.target_format)
-    known = creation_options(options.target_format)
+    known = {} if options.exists else creation_options(options.target_format)
     chosen = parse_options(options.options, known)
     if "backing_file" in chosen:
         raise ValueError("convert copies all data, so the copy has no backing file; use create -b for an overlay")
