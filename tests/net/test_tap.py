@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvmpy.errors import NetworkError
-from kvmpy.net import Tap, TapFd, owner
+from kvmpy.net import Switch, Tap, TapFd, UserNet, owner
 from kvmpy.net.tap import reclaim
 
 
@@ -95,6 +96,25 @@ def test_several_queues(tap, namespace):
     with tap(queues=3) as made:
         assert len({queue.fd for queue in made.queues}) == 3
         assert {queue.name for queue in made.queues} == {made.name}
+
+
+def test_who_knows_nothing_of_several_queues_gets_all_packets_from_the_first(tap, namespace):
+    code = """
+import socket
+for port in range(7000, 7020):  # the kernel chooses queues by connection
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); sock.settimeout(20)
+    sock.sendto(b"hello", ("10.0.2.2", 7000)); assert sock.recv(10) == b"there"
+print("all")
+"""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host, Switch() as switch:
+        host.bind(("127.0.0.1", 0))
+        host.settimeout(20)
+        switch.connect(UserNet(dns=[], guest_forwards=[f"udp::7000-127.0.0.1:{host.getsockname()[1]}"]))
+        switch.connect(tap("eth0", addresses="10.0.2.15/24", queues=4))
+        guest = namespace.start("python3", "-c", code, stdout=-1)
+        for _ in range(20):
+            host.sendto(b"there", host.recvfrom(10)[1])
+        assert guest.communicate(timeout=20)[0] == "all\n"
 
 
 @needs_nft
