@@ -26,6 +26,7 @@ fuzz: build
 	$(PYTHON) tools/fuzz.py machine --seconds $(SECONDS)
 	$(RUN) tools/fuzz.py virtio --seconds $(SECONDS)
 	$(RUN) tools/fuzz.py qcow2 --seconds $(SECONDS)
+	$(RUN) tools/fuzz.py network --seconds $(SECONDS)
 
 bench: build
 	$(RUN) -m benchmarks $(ARGS)

@@ -67,7 +67,7 @@ EXTENSIONS = [
     extension("kvmpy.boot._relocate"),
     extension(
         "kvmpy.block._disk",
-        *(f"kvmpy/block/{name}.c" for name in ("disk", "file", "raw")),
+        *(f"kvmpy/block/{name}.c" for name in ("copy", "disk", "file", "raw")),
     ),
     extension("kvmpy.block._python", depends=("kvmpy/block/_disk.pxd",)),
     extension(

@@ -61,11 +61,16 @@ KNOWN: Mapping[str, Benchmark] = {
     "cpu": Benchmark((cpu.__doc__ or "").strip(), cpu.HEADER, _cpu),
     "rings": Benchmark((disks.ring.__doc__ or "").strip(), HEADER, lambda options: disks.ring.run()),
     "disks": Benchmark((disks.__doc__ or "").strip(), disks.HEADER, _disks),
+    "transports": Benchmark(
+        "virtio-pci beside virtio-mmio, on the software CPU.",
+        disks.TRANSPORTS_HEADER,
+        lambda options: disks.transports(options.rounds, guest=options.guest),
+    ),
 }
 
 
 def main() -> int:
-    listing = "\n".join(f"  {name:<10}{benchmark.about}" for name, benchmark in KNOWN.items())
+    listing = "\n".join(f"  {name:<12}{benchmark.about}" for name, benchmark in KNOWN.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure kvmpy beside its peers, in turn; a ratio is our time divided by the peer's.",

@@ -5,6 +5,7 @@
     python tools/fuzz.py machine --seconds 1800
     python tools/fuzz.py virtio --seconds 1800       # rings, block, network and entropy devices
     python tools/fuzz.py qcow2 --seconds 1800
+    python tools/fuzz.py network --seconds 1800      # the user-mode network and the switch
     python tools/fuzz.py cpu --input crash-...       # once more, one input ($FUZZ_TRACE=1 prints each stop)
     python tools/fuzz.py cpu --runs 20000            # the plain driver, a fixed number of runs from a fixed seed
 
@@ -26,16 +27,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TCG = ROOT / "kvmpy" / "tcg"
 FUZZ = ROOT / "tests" / "tcg" / "fuzz"
-BLOCK, VIRTIO = ROOT / "kvmpy" / "block", ROOT / "kvmpy" / "virtio"
+BLOCK, VIRTIO, NET = (ROOT / "kvmpy" / name for name in ("block", "virtio", "net"))
 QCOW2 = ("core", "cache", "refcount", "map", "io", "zero", "walk")
 RINGS = ("queue", "queue_split", "queue_packed", "limit", "serve_blk", "serve_net", "serve_rng")
+HUB = ("hub", "port", "capture", "wire")
 
 
 @dataclass(frozen=True)
 class Target:
     """What is fuzzed (`parts`, or the files that `lists` of the software CPU name) by which files of `folder`.
 
-    longest: bytes of an input.
+    longest: bytes of an input. flags: for the parts.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Target:
     lists: tuple[str, ...] = ()
     parts: tuple[Path, ...] = ()
     longest: int = 400
+    flags: tuple[str, ...] = ()
 
     def sources(self) -> list[Path]:
         named = [TCG / name for path in self.lists for name in (TCG / path).read_text().split()]
@@ -63,6 +66,13 @@ TARGETS = {
         ("fuzz_qcow2.c",),
         parts=(*(BLOCK / f"{name}.c" for name in ("disk", "file")), *(BLOCK / f"qcow2_{name}.c" for name in QCOW2)),
         longest=140_000,
+    ),
+    "network": Target(
+        ROOT / "tests" / "net" / "fuzz",
+        ("fuzz_network.c",),
+        parts=(*(NET / f"{name}.c" for name in HUB), *sorted((NET / "user").glob("[!_]*.c"))),
+        longest=8000,
+        flags=("-Dclock_gettime=fuzz_clock",),
     ),
 }
 CFLAGS = ["-std=gnu11", "-g", "-O1", "-pthread", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-w"]
@@ -110,6 +120,7 @@ def build(target: str, compiler: str, folder: Path, guided: bool, jobs: int) -> 
         out = objects / f"{source.parent.name}-{source.stem}-{what.longest}.o"
         flags = [*CFLAGS, *sanitize, *extra, f"-I{ROOT / 'kvmpy'}", f"-I{TCG}", f"-I{FUZZ}"]
         flags.append(f"-DLONGEST={max(what.longest, 512)}")
+        flags += what.flags if source in engine else ()
         subprocess.run([*cached, compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
         return str(out)
 

@@ -34,6 +34,7 @@ WAYS = {
 }
 LINE = re.compile(r"bench: ([\w-]+) (\d+) (\d+\.\d+)")
 HEADER = f"{'disk of a guest':<46}{'kvmpy':>10}{'QEMU':>10} {'':<6}{'ratio':>7}{'by cpu':>8}  goal"
+TRANSPORTS_HEADER = f"{'a raw disk':<46}{'PCI':>10}{'MMIO':>10} {'':<6}{'ratio':>7}{'by cpu':>8}"
 GOAL = 1.0
 
 
@@ -51,14 +52,27 @@ class Rate:
     peer: float
     ratio: float
     by_cpu: float
+    goal: float | None = GOAL
 
     def row(self) -> str:
-        met = "met" if self.ratio >= GOAL else "NOT met"
         rates = f"{self.ours:10.0f}{self.peer:10.0f} {self.unit:<6}{self.ratio:7.2f}{self.by_cpu:8.2f}"
-        return f"{self.name:<46}{rates}  >= {GOAL:.1f} {met}"
+        if self.goal is None:
+            return f"{self.name:<46}{rates}"
+        return f"{self.name:<46}{rates}  >= {self.goal:.1f} {'met' if self.ratio >= self.goal else 'NOT met'}"
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Latency(Rate):
+    """Microseconds of one request, with no other in flight; the ratios are ours by QEMU's: less is better."""
+
+    def row(self) -> str:
+        times = f"{self.ours:10.1f}{self.peer:10.1f} {self.unit:<6}{self.ratio:7.2f}{self.by_cpu:8.2f}"
+        if self.goal is None:
+            return f"{self.name:<46}{times}"
+        return f"{self.name:<46}{times}  <= {self.goal:.1f} {'met' if self.ratio <= self.goal else 'NOT met'}"
 
 
 def run(rounds: int | None = None, *, guest: str = "debian-6.1", qemu: str = "qemu-system-x86_64") -> Iterator[Rate]:
@@ -69,22 +83,36 @@ def run(rounds: int | None = None, *, guest: str = "debian-6.1", qemu: str = "qe
         initrd = _initrd(folder, guests.get(guest).initrd_modules)
         images = _images(folder)
         for format in FORMATS:
-            commands = [
-                _kvmpy(kernel, initrd, images[format], format),
-                _qemu(qemu, kernel, initrd, images[format], format),
-            ]
-            results = [[_measure(command) for command in commands] for _ in range(rounds or ROUNDS)]
-            for way, words in WAYS.items():
-                unit = "MiB/s" if way.startswith("seq") else "IOPS"
-                pairs = [(ours[way], peer[way]) for ours, peer in results]
-                yield Rate(
-                    f"{format}: {words}",
-                    unit,
-                    statistics.median(ours.rate for ours, _ in pairs),
-                    statistics.median(peer.rate for _, peer in pairs),
-                    statistics.median(ours.rate / peer.rate for ours, peer in pairs),
-                    statistics.median(ours.by_cpu / peer.by_cpu for ours, peer in pairs),
-                )
+            ours = _kvmpy(kernel, initrd, images[format], format)
+            yield from _rows(f"{format}: ", ours, _qemu(qemu, kernel, initrd, images[format], format), rounds)
+
+
+def transports(rounds: int | None = None, *, guest: str = "debian-6.1") -> Iterator[Rate]:
+    """virtio-pci beside virtio-mmio, both ours: the columns are PCI's and MMIO's."""
+    with tempfile.TemporaryDirectory(prefix="kvmpy-disks-") as name:
+        folder = Path(name)
+        kernel = guests.get(guest).kernel
+        initrd = _initrd(folder, guests.get(guest).initrd_modules)
+        image = _images(folder)["raw"]
+        pci, mmio = (_kvmpy(kernel, initrd, image, "raw", transport) for transport in ("pci", "mmio"))
+        yield from _rows("", pci, mmio, rounds, None)
+
+
+def _rows(
+    title: str, ours: list[str], peer: list[str], rounds: int | None, goal: float | None = GOAL
+) -> Iterator[Rate]:
+    """Two commands in turn."""
+    results = [(_measure(ours), _measure(peer)) for _ in range(rounds or ROUNDS)]
+    for way, words in WAYS.items():
+        pairs = [(one[way], two[way]) for one, two in results]
+        unit = "MiB/s" if way.startswith("seq") else "IOPS"
+        rates = [statistics.median(one.rate for one in side) for side in zip(*pairs, strict=True)]
+        ratio = statistics.median(one.rate / two.rate for one, two in pairs)
+        by_cpu = statistics.median(one.by_cpu / two.by_cpu for one, two in pairs)
+        yield Rate(f"{title}{words}", unit, rates[0], rates[1], ratio, by_cpu, goal)
+        if way.endswith("-1"):
+            times = [1e6 / rate for rate in rates]
+            yield Latency(f"{title}... latency", "us", times[0], times[1], 1 / ratio, 1 / by_cpu, goal)
 
 
 def _initrd(folder: Path, modules: Path) -> Path:
@@ -115,12 +143,13 @@ def _images(folder: Path) -> dict[str, Path]:
 
 
 def _cmdline() -> str:
-    return f"console=ttyS0 quiet cryptomgr.notests {parameters(f'/bin/io /dev/vda {SECONDS}', modules=('virtio_blk',))}"
+    run = parameters(f"/bin/io /dev/vda {SECONDS}", modules=("virtio_mmio", "virtio_blk"))
+    return f"console=ttyS0 quiet cryptomgr.notests {run}"
 
 
-def _kvmpy(kernel: Path, initrd: Path, image: Path, format: str) -> list[str]:
+def _kvmpy(kernel: Path, initrd: Path, image: Path, format: str, transport: str = "pci") -> list[str]:
     start = [sys.executable, "-m", "kvmpy", "run", str(kernel), "--initrd", str(initrd), "--append", _cmdline()]
-    disk = ["--transport", "pci", "--disk", f"{image},format={format}", "-q"]
+    disk = ["--transport", transport, "--disk", f"{image},format={format}", "-q"]
     return [*start, "--backend", "tcg", "--memory", f"{MEMORY}M", *disk]
 
 

@@ -35,6 +35,13 @@ cdef extern from "block/disk.h" nogil:
         bint discard
     void raw_init(raw_disk *, int, uint64_t, uint64_t, bint)
     int buffer_is_zero(const void *, size_t)
+    cdef struct disk_copy_t "disk_copy":
+        disk_t *from_ "from"
+        disk_t *to
+        size_t chunk
+        size_t unit
+        bint to_is_zero
+    int disk_copy(const disk_copy_t *, void *, uint64_t, uint64_t, const disk_t **)
 
 def is_zero(buffer) -> bool:
     """True if every byte of `buffer` is zero."""
@@ -72,33 +79,35 @@ def time_reads(CoreDisk disk, uint64_t count, size_t length, uint64_t step) -> i
     return took
 
 
-def zero_runs(buffer, size_t unit) -> list:
-    """[(offset, length, is zero), ...] of `buffer`, in steps of `unit` bytes."""
-    cdef Py_buffer view
-    cdef size_t at = 0, start = 0, step
-    cdef int zero, before = -1
-    runs = []
-    if not unit:
-        raise ValueError("unit 0")
-    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+def copy_data(CoreDisk source, CoreDisk target, offset, length, size_t chunk, size_t unit, bint target_is_zero) -> None:
+    """Copy bytes [offset, offset + length), `chunk` at a time; `unit` zeroes or more become a hole (0: none do), which
+    nothing is written for if `target_is_zero`.
+    """
+    cdef disk_copy_t copy
+    cdef const disk_t *failed
+    cdef uint64_t at, size
+    cdef int result
+    if not chunk:
+        raise ValueError("chunk 0")
+    source._begin(offset, length)
     try:
-        while at < view.len:
+        target._begin(offset, length)
+        try:
+            at, size = offset, length
+            copy.from_, copy.to, copy.chunk, copy.unit, copy.to_is_zero = source.ptr, target.ptr, chunk, unit, target_is_zero
+            buffer = malloc(min(chunk, size))
+            if buffer == NULL:
+                raise MemoryError
             with nogil:
-                while True:
-                    step = min(unit, view.len - at)
-                    zero = buffer_is_zero(<char *>view.buf + at, step)
-                    if before != -1 and zero != before:
-                        break
-                    before = zero
-                    at += step
-                    if at >= view.len:
-                        break
-            runs.append((start, at - start, bool(before)))
-            start = at
-            before = -1
+                result = disk_copy(&copy, buffer, at, size, &failed)
+            free(buffer)
+            if result:
+                disk = source if failed == source.ptr else target
+                raise disk.failure(result, f"{'read' if disk is source else 'write'} of {length} bytes at {offset:#x}")
+        finally:
+            target.release()
     finally:
-        PyBuffer_Release(&view)
-    return runs
+        source.release()
 
 
 cdef class CoreDisk:

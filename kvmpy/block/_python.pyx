@@ -2,6 +2,7 @@
 """A disk written in Python behind the C face: its C callers take the GIL for each request."""
 import errno as _errno
 import logging
+from threading import get_ident
 
 from kvmpy.errors import ImageError
 
@@ -18,9 +19,16 @@ log = logging.getLogger("kvmpy.block")
 cdef struct py_disk:
     disk disk
     void *object
+    void *errors  # by thread: the last result that was an exception, and this
 
 
 cdef int _from_exception(py_disk *pd, object error) noexcept:
+    cdef int result = _number(pd, error)
+    (<dict>pd.errors)[get_ident()] = result, error.with_traceback(None)  # whose frames see the caller's buffers
+    return result
+
+
+cdef int _number(py_disk *pd, object error) noexcept:
     if isinstance(error, ImageError):
         log.warning("a Python disk reports damage: %s", error)
         pd.disk.fault.text = b"the image below is damaged (the log has the details)"
@@ -119,14 +127,21 @@ cdef class PyCore(CoreDisk):
     """A Python disk for C callers; they take the GIL for each request."""
 
     cdef py_disk pd
+    cdef dict errors
 
     def __cinit__(self, target):
+        self.errors = {}
+        self.pd.errors = <void *>self.errors
         self.pd.disk.ops = &py_ops
         self.pd.disk.size = target.size
         self.pd.disk.readonly = target.readonly
         self.pd.object = <void *>target
         self._owner = (target,)
         self.ptr = &self.pd.disk
+
+    cdef object failure(self, int result, str what):
+        number, error = self.errors.pop(get_ident(), (0, None))
+        return error if number == result else CoreDisk.failure(self, result, what)
 
 
 def as_core(disk) -> CoreDisk:

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from kvmpy.block._disk import zero_runs
+from kvmpy.block._disk import copy_data, is_zero
+from kvmpy.block._python import as_core
 from kvmpy.block.disk import Disk
 from kvmpy.block.qcow2.compress import compressor
 from kvmpy.block.qcow2.image import Qcow2Disk
 
 CHUNK = 256 << 10  # bytes: stays in the processor's cache between read and write
+STRETCH = 16  # chunks that a worker copies at a time
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -65,9 +66,8 @@ def convert(
 class _Copy:
     def __init__(self, source: Disk, target: Disk, compress: bool, target_is_zero: bool, sparse: int) -> None:
         self.source, self.target, self.target_is_zero = source, target, target_is_zero
-        self.unit = sparse
-        self.chunk = CHUNK
-        self.local = threading.local()  # a buffer per worker: fresh memory costs as much as the copy
+        self.cores = as_core(source), as_core(target)
+        self.unit, self.chunk, self.align = sparse, CHUNK, 1
         self.pack: Callable[[bytes], bytes] | None = None
         if isinstance(target, Qcow2Disk):
             # A hole within a cluster saves nothing once the cluster is there.
@@ -75,23 +75,21 @@ class _Copy:
             self.chunk = max(CHUNK, target.cluster_size)
             if compress:
                 self.pack = compressor(target.header.compression_type)
+                self.align = target.cluster_size  # a cluster is compressed as a whole
 
     def extents(self) -> Iterator[tuple[int, int, bool]]:
-        """(offset, length, zero): data in chunks that end where clusters do, zeroes as long as they are."""
+        """(offset, length, zero): data in stretches that end where clusters do, zeroes as long as they are."""
         at, end = 0, self.source.size
-        align = self.target.cluster_size if self.pack and isinstance(self.target, Qcow2Disk) else 1
+        stretch = self.chunk if self.pack else self.chunk * STRETCH
         while at < end:
             found = self.source.block_status(at, min(end - at, 1 << 40))
-            stop = at + found.length
-            if align > 1 and stop < end:
-                stop += -stop % align  # a cluster is compressed as a whole
-                stop = min(stop, end)
+            stop = min(at + found.length + -(at + found.length) % self.align, end)
             if found.zero and found.length == stop - at:
                 yield at, stop - at, True
                 at = stop
                 continue
             while at < stop:
-                n = min(stop - at, self.chunk - at % self.chunk)
+                n = min(stop - at, stretch - at % stretch)
                 yield at, n, False
                 at += n
         if self.target.size > end:
@@ -100,27 +98,16 @@ class _Copy:
     def piece(self, offset: int, length: int, zero: bool) -> None:
         if zero:
             self._zero(offset, length)
-            return
-        buffer: bytearray | None = getattr(self.local, "buffer", None)
-        if buffer is None or len(buffer) < length:
-            buffer = self.local.buffer = bytearray(max(length, self.chunk))
-        view = memoryview(buffer)[:length]
-        self.source.pread_into(offset, view)
-        if self.pack and isinstance(self.target, Qcow2Disk):
-            self._compressed(self.target, self.pack, offset, view)
-            return
-        runs = zero_runs(view, self.unit) if self.unit else [(0, length, False)]
-        for at, size, empty in runs:
-            if empty:
-                self._zero(offset + at, size)
-            else:
-                self.target.pwrite(offset + at, view[at : at + size])
+        elif self.pack and isinstance(self.target, Qcow2Disk):
+            self._compressed(self.target, self.pack, offset, self.source.pread(offset, length))
+        else:
+            copy_data(*self.cores, offset, length, self.chunk, self.unit, self.target_is_zero)
 
-    def _compressed(self, target: Qcow2Disk, pack: Callable[[bytes], bytes], offset: int, view: memoryview) -> None:
+    def _compressed(self, target: Qcow2Disk, pack: Callable[[bytes], bytes], offset: int, data: bytes) -> None:
         size = target.cluster_size
-        for at in range(0, len(view), size):
-            plain = bytes(view[at : at + size])
-            if not plain.strip(b"\0"):
+        for at in range(0, len(data), size):
+            plain = data[at : at + size]
+            if is_zero(plain):
                 self._zero(offset + at, len(plain))
                 continue
             plain = plain.ljust(size, b"\0")

@@ -115,6 +115,16 @@ int64_t file_size(struct host_file *);
 /* True if all bytes are zero. */
 bool buffer_is_zero(const void *, size_t);
 
+struct disk_copy {
+    struct disk *from, *to;
+    size_t chunk;    /* bytes read and written at a time; not 0 */
+    size_t unit;     /* so many zeroes in the data are worth a hole; 0: none are */
+    bool to_is_zero; /* zeroes need not be written */
+};
+
+/* Copy [offset, offset + length) by way of `buffer` (a chunk); *failed is the disk that an error is about. */
+int disk_copy(const struct disk_copy *, void *buffer, uint64_t offset, uint64_t length, const struct disk **failed);
+
 /* raw: the file is the disk. `disk` must be zeroed memory that outlives its users. */
 struct raw_disk {
     struct disk disk;

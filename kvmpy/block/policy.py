@@ -53,7 +53,7 @@ class Follow:
         if "\0" in name or not name:
             raise ImageError(f"{what} {name!r} is not a path")
         if not self.folders:
-            raise ImageError(f"the image names {what} {name!r}; following it was not allowed (see Follow)")
+            raise ImageError(f"the image names {what} {name!r}; following it was not allowed (follow=, --follow)")
         path = Path(os.path.realpath(beside / name))
         for folder in self.folders:
             if path.is_relative_to(folder) and path != folder:

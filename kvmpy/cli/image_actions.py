@@ -169,7 +169,7 @@ def convert(options: argparse.Namespace) -> int:
 
     if options.options == ["help"]:
         return _show_options(options.target_format)
-    known = creation_options(options.target_format)
+    known = {} if options.exists else creation_options(options.target_format)
     chosen = parse_options(options.options, known)
     if "backing_file" in chosen:
         raise ValueError("convert copies all data, so the copy has no backing file; use create -b for an overlay")
@@ -212,13 +212,18 @@ def _progress(done: int, size: int) -> None:
     print(f"\r    ({100 * done / max(size, 1):.2f}/100%)", end="", flush=True)
 
 
+def _named(options: argparse.Namespace) -> None:
+    if options.format is None:
+        raise ValueError(f"{options.file} is written to, so its format must be named (-f)")
+
+
 def check(options: argparse.Namespace) -> int:
     from kvmpy.block.formats import probe_format
     from kvmpy.block.hostfile import HostFile
     from kvmpy.block.qcow2 import check as check_image
 
-    if options.repair and options.format is None:
-        raise ValueError("a repair writes to the image, so its format must be named (-f)")
+    if options.repair:
+        _named(options)
     format = options.format or probe_format(options.file)
     if format != "qcow2":
         tell(f"format {format} has no check")
@@ -271,6 +276,7 @@ def snapshot(options: argparse.Namespace) -> int:
             print("Snapshot list:")
             print(_snapshot_table(found))
         return status.OK
+    _named(options)
     # Snapshots are of this layer alone; its backing file need not be there.
     with open_disk(options.file, options.format, follow=_follow(options), backing=False) as disk:
         if not isinstance(disk, Qcow2Disk):
@@ -288,6 +294,7 @@ def resize(options: argparse.Namespace) -> int:
     from kvmpy.block import Qcow2Disk, open_disk
     from kvmpy.block.raw import RawDisk
 
+    _named(options)
     with open_disk(options.file, options.format, follow=_follow(options)) as disk:
         text = options.size
         size = parse_size(text.lstrip("+-"))
@@ -299,6 +306,8 @@ def resize(options: argparse.Namespace) -> int:
             raise ValueError(f"the disk has only {disk.size} bytes")
         if not isinstance(disk, Qcow2Disk | RawDisk):
             raise ValueError(f"images of format {options.format} cannot be resized")
+        if size < disk.size and not options.shrink:
+            raise ValueError(f"{size} bytes are fewer than {disk.size}: --shrink if the rest may be lost")
         disk.resize(size, shrink=options.shrink)
     if not options.quiet:
         print("Image resized.")

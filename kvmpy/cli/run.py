@@ -116,9 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="how the guest finds devices (default mmio; pci with --bios)")  # fmt: skip
     disks.add_argument("--net", metavar="KIND[:NAME][,KEY=VALUE...]", action="append", default=[],
                        help="a network card: none, user (hostfwd=tcp::8080-:80, guestfwd=, allow=, deny=), tap:NAME "
-                       "(address=, bridge=, netns=, masquerade), stream:PATH (listen, reconnect=S), switch:NAME; "
-                       "all: mac=M, mtu=BYTES, pcap=FILE, bps=, iops= (bytes, frames per second in each direction); "
-                       "see docs/networks.md")  # fmt: skip
+                       "(address=, bridge=, netns=, masquerade, queues=), stream:PATH (listen, reconnect=S), "
+                       "switch:NAME; all: mac=M, mtu=BYTES, pcap=FILE, bps=, iops= (bytes, frames per second in each "
+                       "direction); see docs/networks.md")  # fmt: skip
     disks.add_argument("--share", metavar="FOLDER[,KEY=VALUE...]", action="append", default=[],
                        help="a folder of the host: tag=TAG, readonly=on")  # fmt: skip
 

@@ -44,7 +44,7 @@ cdef int check(int error) except -1:
 cdef class Hub:
     """relay: two ports, what comes in at one goes out at the other. flood_rate: broadcasts per second and port.
 
-    Descriptors of ports are non-blocking and stay the caller's, who closes them after `unplug`, `remove` or `close`.
+    Descriptors of ports are non-blocking and stay the caller's; the hub has duplicates of them.
     """
 
     cdef hub *h
@@ -118,7 +118,7 @@ cdef class Hub:
         check(error)
 
     def unplug(self, int port):
-        """Disconnect a port; afterwards its descriptor may be closed."""
+        """Disconnect a port."""
         cdef hub *h = self.at(port)
         with nogil:
             hub_unplug(h, port)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -19,8 +20,10 @@ SOCKET_BUFFER = 4 << 20  # bytes that wait between two ends, if the host allows 
 class NetBackend(Protocol):
     """The outside end of a network device.
 
-    fd: non-blocking; one frame per read and write. vnet_header: frames carry struct virtio_net_hdr of 12 bytes,
-    so checksums and segmentation can be left to the other end. offloads: the TUN_F_* bits that it can take.
+    fd: non-blocking; one frame per read and write; -1 when closed. Who uses it (a card, a switch, a capture) does so by
+    a duplicate, so that a network that is closed first only takes the cable out. vnet_header: frames carry struct
+    virtio_net_hdr of 12 bytes, so checksums and segmentation can be left to the other end. offloads: the TUN_F_* bits
+    that it can take.
     """
 
     fd: int
@@ -42,6 +45,12 @@ class QueueBackend(NetBackend, Protocol):
     def set_active(self, active: bool) -> None:
         """Does the driver use this pair? If not, nothing may come from it."""
         ...
+
+
+class QueuesBackend(NetBackend, Protocol):
+    """A back end of several queue pairs, which is itself the first of them: the others are not active at first."""
+
+    queues: Sequence[QueueBackend]
 
 
 class Closing:
@@ -88,6 +97,7 @@ class PacketSocket(Closing):
 
     def close(self) -> None:
         """Close the socket."""
+        self.fd = -1
         self._sock.close()
 
 

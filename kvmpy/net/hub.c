@@ -6,6 +6,7 @@
 #include "hub.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
@@ -195,6 +196,8 @@ struct hub *hub_new(bool relay, uint32_t flood_rate)
 void hub_free(struct hub *h)
 {
     for (int i = 0; i < PORTS; i++) {
+        if (h->ports[i].used && h->ports[i].fd >= 0)
+            close(h->ports[i].fd);
         port_forget(&h->ports[i]);
         free(h->ports[i].stream);
     }
@@ -214,8 +217,17 @@ void hub_free(struct hub *h)
 static int plug(struct hub *h, struct port *p, int fd)
 {
     struct epoll_event e = {EPOLLIN, {.ptr = p}};
-    if (fd >= 0 && epoll_ctl(h->epoll, EPOLL_CTL_ADD, fd, &e))
-        return errno;
+    if (fd >= 0) {
+        int ours = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+        if (ours < 0)
+            return errno;
+        if (epoll_ctl(h->epoll, EPOLL_CTL_ADD, ours, &e)) {
+            int error = errno;
+            close(ours);
+            return error;
+        }
+        fd = ours;
+    }
     p->fd = fd;
     p->error = 0;
     return 0;

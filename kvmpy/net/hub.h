@@ -78,12 +78,13 @@ struct hub {
 };
 
 struct hub *hub_new(bool relay, uint32_t flood_rate);
-void hub_free(struct hub *); /* descriptors of ports stay open: they are the caller's */
+/* A port has a duplicate of the descriptor it is given, which stays the caller's. */
+void hub_free(struct hub *);
 void hub_run(struct hub *);
 void hub_stop(struct hub *);
 int hub_add(struct hub *, enum port_kind, int fd, unsigned takes, const uint8_t *mac); /* a number, or -errno */
 int hub_plug(struct hub *, int port, int fd); /* 0 or an errno */
-void hub_unplug(struct hub *, int port);      /* then its descriptor may be closed */
+void hub_unplug(struct hub *, int port);
 void hub_remove(struct hub *, int port);
 void hub_takes(struct hub *, int port, unsigned takes);
 int hub_capture(struct hub *, int fd, uint32_t snaplen);

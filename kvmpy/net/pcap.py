@@ -10,7 +10,7 @@ import stat
 import threading
 from pathlib import Path
 
-from kvmpy.errors import NetworkError
+from kvmpy.errors import NetworkError, StateError
 from kvmpy.net._hub import LARGEST, PLAIN, VNET, Hub
 from kvmpy.net.backend import Closing, NetBackend, wire
 
@@ -32,6 +32,8 @@ class Pcap(Closing):
         self.vnet_header, self.offloads = backend.vnet_header, backend.offloads
         self._closed = False
         try:
+            if backend.fd < 0:
+                raise StateError(f"{backend!r} is closed")
             if not 14 <= snaplen <= LARGEST:
                 raise ValueError(f"14 to {LARGEST} bytes of a frame are captured, not {snaplen}")
             self._file = self._open()
@@ -109,6 +111,7 @@ class Pcap(Closing):
         self._release()
 
     def _release(self) -> None:
+        self.fd = -1
         os.close(self._file)
         self._ours.close()
         self._theirs.close()

@@ -42,6 +42,7 @@ void port_gone(struct hub *h, struct port *p, int error)
         return;
     uint64_t one = 1;
     epoll_ctl(h->epoll, EPOLL_CTL_DEL, p->fd, NULL);
+    close(p->fd);
     p->fd = -1;
     p->error = error;
     p->waits = p->paused = false;

@@ -201,6 +201,7 @@ class StreamSocket(Closing):
             thread.join()
         self._hub.close()
         os.close(self._stop)
+        self.fd = -1
         self._ours.close()
         self._theirs.close()
         self._release()

@@ -63,8 +63,8 @@ class Switch(Closing):
     def connect(self, backend: NetBackend) -> None:
         """Plug in a back end, which is closed with the switch: a `Tap`, a `UserNet`, a `StreamSocket`, another's
         port."""
-        if self._closed:
-            raise StateError("the switch is closed")
+        if self._closed or backend.fd < 0:
+            raise StateError("the switch is closed" if self._closed else f"{backend!r} is closed")
         try:
             number = self._hub.add(VNET if backend.vnet_header else PLAIN, backend.fd, backend.offloads)
         except OSError as error:
@@ -132,6 +132,7 @@ class SwitchPort(Closing):
     def close(self) -> None:
         """Unplug it and close the card's end; again is no error."""
         self.unplug()
+        self.fd = -1
         self._ends[0].close()
 
     def __del__(self) -> None:

@@ -34,7 +34,8 @@ class Tap(Closing):
     this name,
     which then carries the addresses. namespace: name or path of the network namespace that the interface is in. mtu:
     bytes. masquerade: the guest's packets leave by the host's other interfaces with their addresses (nftables).
-    queues: of a card with several queue pairs; `backends` has a back end for each.
+    queues: how many queue pairs a card on it has; their back ends are in `queues`, and all but the first get no packets
+    until a driver uses them.
 
     Everything is removed at `close`, and after a crash: the tap goes with the process, a bridge and a table of nftables
     whose maker is gone are removed by the next Tap in that namespace. Raises NetworkError, ValueError.
@@ -76,17 +77,19 @@ class Tap(Closing):
 
     def _make(self, name: str, bridge: str | None, mtu: int | None, masquerade: bool, queues: int) -> None:
         reclaim()
-        self.backends = _open(name, queues)
-        for tap in self.backends:
+        self.queues = _open(name, queues)
+        for tap in self.queues:
             self._undo.callback(tap.close)
-        self.name = self.backends[0].name
-        self.fd = self.backends[0].fd
+        self.name = self.queues[0].name
+        self.fd = self.queues[0].fd
+        for tap in self.queues[1:]:
+            tap.set_active(False)
         plain = "%" not in name and not (bridge or mtu or self.addresses) and _is_up(self.name)
         if not plain and links.configure(self.name, mtu=mtu, bridge=bridge, addresses=self.addresses) and bridge:
             # The taps are closed after it (and leave it then), so it is emptied by hand here.
             self._undo.pop_all()
             self._undo.callback(links.remove_bridge, bridge)
-            for tap in self.backends:
+            for tap in self.queues:
                 self._undo.callback(tap.close)
         if masquerade:
             table = nat.table_name(self.name)
@@ -95,13 +98,13 @@ class Tap(Closing):
 
     def set_offloads(self, offloads: int) -> None:
         """TUNSETOFFLOAD: what the guest's driver takes (virtio 1.2, 5.1.3, GUEST_*)."""
-        for tap in self.backends:
+        for tap in self.queues:
             tap.set_offloads(offloads)
 
     def close(self) -> None:
         """Remove the interface and what was made for it; again is no error. Raises NetworkError when that fails."""
         undo, place = self._undo.pop_all(), self._place
-        self._place = None
+        self._place, self.fd = None, -1
         try:
             inside(place, undo.close)
         finally:

@@ -77,17 +77,18 @@ class TapFd(Closing):
 
     def set_active(self, active: bool) -> None:
         """TUNSETQUEUE: a queue that is detached gets no packets. Only for those of `open_queues`."""
-        if active != self._active:
+        if self.fd >= 0 and active != self._active:
             flags = IFF_ATTACH_QUEUE if active else IFF_DETACH_QUEUE
             fcntl.ioctl(self.fd, TUNSETQUEUE, struct.pack("16sH22x", b"", flags))
             self._active = active
 
     def set_offloads(self, offloads: int) -> None:
         """TUNSETOFFLOAD: what the guest's driver takes (5.1.3, GUEST_*)."""
-        fcntl.ioctl(self.fd, TUNSETOFFLOAD, offloads)
+        if self.fd >= 0:
+            fcntl.ioctl(self.fd, TUNSETOFFLOAD, offloads)
 
     def close(self) -> None:
-        """Close the descriptor; an interface that is not persistent disappears."""
+        """Close the descriptor; an interface that is not persistent disappears when no card uses it any more."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)

@@ -4,7 +4,7 @@
 | kind | name | options |
 |---|---|---|
 | user | | hostfwd guestfwd allow deny rest network dns ipv6 loopback domain hostname |
-| tap | interface, default a new one | address bridge netns masquerade |
+| tap | interface, default a new one | address bridge netns masquerade queues |
 | stream | PATH or HOST:PORT | listen reconnect |
 | switch | of a switch that machines of this process share | lock (a MAC address) |
 
@@ -58,6 +58,13 @@ class Values:
         """One value."""
         return self._left.pop(key, default)
 
+    def number(self, key: str, default: int) -> int:
+        """A decimal number. Raises ValueError."""
+        word = self._left.pop(key, None)
+        if word is not None and not (word.isascii() and word.isdigit()):
+            raise ValueError(f"{self._kind}: {key} is a number, not {word!r}")
+        return default if word is None else int(word)
+
     def switch(self, key: str, default: bool) -> bool:
         """on or off. Raises ValueError."""
         word = self._left.pop(key, None)
@@ -110,6 +117,7 @@ def _tap(name: str, values: Values, mtu: int | None) -> NetBackend:
         "bridge": values.text("bridge"),
         "namespace": values.text("netns"),
         "masquerade": values.switch("masquerade", False),
+        "queues": values.number("queues", 1),
     }
     values.end()
     return Tap(name or PATTERN, mtu=mtu, **settings)
@@ -146,6 +154,7 @@ class _SharedPort:
         return self._port.stats()
 
     def close(self) -> None:
+        self.fd = -1
         with _lock:
             self._port.close()
             users = _switches[self._name][1] if self._name in _switches else set()

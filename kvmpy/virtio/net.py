@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvmpy.devices.base import StateReader
+from kvmpy.errors import StateError
 from kvmpy.net import backend as b
 from kvmpy.virtio._queue import BLOCKED, GONE, IDLE, Chain, Limiter, NetServer
 from kvmpy.virtio.device import VirtioDevice
@@ -71,28 +72,35 @@ class Pair:
     def __init__(self, number: int, backend: b.NetBackend, receive: Limiter, transmit: Limiter) -> None:
         self.rx, self.tx = 2 * number, 2 * number + 1
         self.backend = backend
-        self.server = NetServer(backend.fd, vnet_header=backend.vnet_header, receive=receive, transmit=transmit)
+        self.fd = os.dup(backend.fd)  # whoever closes the network before the card must not leave it with another's file
+        self.server = NetServer(self.fd, vnet_header=backend.vnet_header, receive=receive, transmit=transmit)
         self.gone = False
         self.events = 0
         self.worker: Worker | None = None
         self.active = number == 0  # the driver uses it; without MQ there is but one (5.1.6.5.5)
 
+    def close(self) -> None:
+        """Close our descriptor; again is no error."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
 
 class Net(VirtioDevice):
     """A network card for the guest.
 
-    backend: where frames go; is closed with the device. Several of them, such as `TapFd.open_queues` gives, make as
-    many queue pairs, each with a thread; which of them are used is the driver's choice. mac: "52:54:00:12:34:56" or 6
-    bytes; default a random locally administered one. mtu: bytes to advise the driver of, or None. receive_limit,
-    transmit_limit: of frames to and from the guest. The device does not filter by address: it is always promiscuous, as
-    5.1.6.5.1 permits.
+    backend: where frames go; is closed with the device. Several of them, or one with several `queues` such as a `Tap`,
+    make as many queue pairs, each with a thread; which of them are used is the driver's choice. mac:
+    "52:54:00:12:34:56" or 6 bytes; default a random locally administered one. mtu: bytes to advise the driver of, or
+    None. receive_limit, transmit_limit: of frames to and from the guest. The device does not filter by address: it is
+    always promiscuous, as 5.1.6.5.1 permits.
     """
 
     device_id = 1
 
     def __init__(
         self,
-        backend: b.NetBackend | Sequence[b.QueueBackend],
+        backend: b.NetBackend | b.QueuesBackend | Sequence[b.QueueBackend],
         *,
         name: str = "net",
         mac: str | bytes | None = None,
@@ -103,19 +111,24 @@ class Net(VirtioDevice):
     ) -> None:
         if mtu is not None and not 68 <= mtu <= 65535:
             raise ValueError(f"an MTU is 68 to 65535 bytes, not {mtu}")
-        self._queue_backends = backend if isinstance(backend, Sequence) else ()
-        backends: Sequence[b.NetBackend] = backend if isinstance(backend, Sequence) else (backend,)
+        self._networks: Sequence[b.NetBackend] = backend if isinstance(backend, Sequence) else (backend,)
+        self._queue_backends: Sequence[b.QueueBackend] = (
+            backend if isinstance(backend, Sequence) else getattr(backend, "queues", ())
+        )
+        backends = self._queue_backends or self._networks
         if not 1 <= len(backends) <= MAX_PAIRS:
             raise ValueError(f"a network card has 1 to {MAX_PAIRS} queue pairs, not {len(backends)}")
         if len({(one.vnet_header, one.offloads) for one in backends}) > 1:
             raise ValueError("the queues of a network card must lead to back ends with the same offloads")
+        if any(one.fd < 0 for one in backends):
+            raise StateError(f"{name}: its network is closed")
         self.mac = parse_mac(mac) if mac is not None else bytes([0x52, 0x54, 0x00, *os.urandom(3)])
         self._limiters = Limiter(), Limiter()
         self.receive_limit, self.transmit_limit = receive_limit, transmit_limit
         self._pairs = [Pair(number, one, *self._limiters) for number, one in enumerate(backends)]
         self._used_pairs = 1
         self._offloads: int | None = None  # GUEST_* that the driver chose after the start
-        self.backend = first = backends[0]
+        self.backend = first = self._networks[0]
         features = MAC | MRG_RXBUF | STATUS | CTRL_VQ | CTRL_RX | CTRL_MAC_ADDR
         features |= MTU if mtu is not None else 0
         features |= MQ if len(backends) > 1 else 0
@@ -238,9 +251,9 @@ class Net(VirtioDevice):
             return
         pair.events = events
         if events:
-            pair.worker.watch(pair.backend.fd, events, lambda: self._ready(pair))
+            pair.worker.watch(pair.fd, events, lambda: self._ready(pair))
         else:
-            pair.worker.unwatch(pair.backend.fd)
+            pair.worker.unwatch(pair.fd)
 
     def _ready(self, pair: Pair) -> None:
         # Which of the two it is costs a system call to find out; trying costs the same.
@@ -335,7 +348,9 @@ class Net(VirtioDevice):
         """Stop and close the back ends."""
         super().close()
         for pair in self._pairs:
-            pair.backend.close()
+            pair.close()
+        for network in self._networks:
+            network.close()
 
 
 def parse_mac(mac: str | bytes) -> bytes:

@@ -158,6 +158,11 @@ def test_python_disk_below_a_c_disk() -> None:
         below.fail = False
         disk.pwrite(500_000, b"now")
         assert disk.pread(500_000, 3) == b"now"
+        core = as_core(below)
+        below.fail = True
+        with pytest.raises(OSError, match="the medium is gone"):
+            core.pread(0, 10)
+        below.fail = False
     core = as_core(SlowMemory(bytes(1000)))
     core.pwrite(10, b"through C and back")
     assert core.pread(10, 7) == b"through"

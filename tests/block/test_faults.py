@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,3 +189,74 @@ def test_closed_disk_raises_state_error(tmp_path: Path) -> None:
             for bad in ((-1, 1), (1 << 20, 1), (0, (1 << 20) + 1), (1 << 64, 1)):
                 with pytest.raises(ValueError, match="not inside"):
                     disk.pread(*bad)
+
+
+FAULTY = """
+import ctypes, os, sys
+sys.path[:0] = [{tests!r}]
+from block_judges import Driver
+from kvmpy.block import create_disk, open_disk
+
+SOUND, INTERRUPTED, BROKEN = range(3)
+faulty = ctypes.CDLL(os.environ["LD_PRELOAD"]).faulty
+path, format, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
+drive = Driver(seed, 4 << 20)
+create_disk(path, format, 4 << 20)
+disk = open_disk(path, format)
+faulty(INTERRUPTED, 3, seed)
+drive.run(disk, 60)
+drive.verify(disk)
+disk.flush()
+interrupted, failed = faulty(BROKEN, 4, seed), 0
+assert interrupted > 10, "transfers were cut"
+for _ in range(60):
+    offset, length = drive.range(100_000)
+    data = drive.random.randbytes(length)
+    try:
+        disk.pwrite(offset, data)
+        drive.expected[offset : offset + length] = data
+    except OSError as error:
+        assert error.errno == 5, error
+        failed += 1
+        broken = faulty(SOUND, 1, seed)  # what is there now: old bytes, new bytes, some of both
+        drive.expected[offset : offset + length] = disk.pread(offset, length)
+        faulty(BROKEN, 4, seed + broken)
+faulty(SOUND, 1, seed)
+assert failed
+drive.verify(disk)
+try:
+    disk.close()
+except OSError as error:  # a table could not be written, and that was not forgotten
+    assert error.errno == 5, error
+else:
+    with open_disk(path, format, readonly=True) as again:
+        drive.verify(again)
+"""
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that makes transfers fail."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler: install the package gcc")
+    library = tmp_path_factory.mktemp("faulty") / "faulty.so"
+    source = Path(__file__).with_name("faulty.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("format", ["raw", "qcow2", "vdi", "vmdk"])
+def test_interrupted_and_failing_transfers(tmp_path: Path, faulty: Path, format: str, seed: int) -> None:
+    path = tmp_path / "disk.faulty"
+    script = FAULTY.replace("{tests!r}", repr(str(Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, "-c", script, path, format, str(seed)],
+        env={**os.environ, "LD_PRELOAD": str(faulty)},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if format == "qcow2":
+        with HostFile.open(path, readonly=True) as file:
+            result = check(file)
+        assert not result.corruptions and not result.check_errors, result

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import struct
@@ -16,6 +17,7 @@ import pytest
 from block_judges import Driver, Qemu
 
 from kvmpy.block import NbdDisk, open_disk, open_overlay
+from kvmpy.cli import main
 from kvmpy.errors import StateError
 
 SIZE = 4 * 1024 * 1024 + 512
@@ -82,6 +84,16 @@ def test_block_status_and_large_requests(tmp_path: Path, qemu: Qemu, serve: Call
         assert disk.pread(60 << 20, 72 << 20) == bytes(4 << 20) + b"\5" * (64 << 20) + bytes(4 << 20)
         disk.pwrite(0, b"\7" * (70 << 20))
         assert disk.pread(69 << 20, 2 << 20) == b"\7" * (1 << 20) + b"\5" * (1 << 20)
+
+
+def test_the_image_command_copies_to_a_server_and_back(tmp_path: Path, qemu: Qemu, serve: Callable[..., Path]) -> None:
+    qemu.img("create", "-q", "-f", "vpc", "-o", "force_size=on", "x.vhd", "3M")
+    path = serve("qemu-nbd", "-k", "SOCKET", "-t", "-f", "vpc", tmp_path / "x.vhd")
+    content = random.Random(3).randbytes(1 << 20) + bytes(2 << 20)
+    (tmp_path / "raw").write_bytes(content)
+    assert main(["image", "convert", "-n", "-f", "raw", "-O", "nbd", str(tmp_path / "raw"), str(path)]) == 0
+    assert main(["image", "convert", "-f", "nbd", "-O", "raw", str(path), str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back").read_bytes() == content
 
 
 def test_nbdkit_memory_and_errors(serve: Callable[..., Path]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from block_judges import Driver
 
 from kvmpy.block import Disk, DiskStats, Extent, create_disk, open_disk
-from kvmpy.block._disk import is_zero, zero_runs
+from kvmpy.block._disk import copy_data, is_zero
 from kvmpy.block.raw import RawDisk
 
 SIZE = 4 << 20
@@ -126,6 +126,22 @@ def test_zero_detection() -> None:
             data = bytearray(length)
             data[at] = 1
             assert not is_zero(data)
-    data = bytes(8) + b"abcd" + bytes(4) + b"x"
-    assert zero_runs(data, 4) == [(0, 8, True), (8, 4, False), (12, 4, True), (16, 1, False)]
-    assert zero_runs(b"", 4) == []
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 64])
+@pytest.mark.parametrize("unit", [0, 4])
+def test_copying_data_leaves_out_zeroes(tmp_path: Path, chunk: int, unit: int) -> None:
+    content = b"abc" + bytes(9) + b"wxyz" + bytes(4) + b"x"
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(b"?" * len(content))
+    with open_disk(tmp_path / "a", "raw") as a, open_disk(tmp_path / "b", "raw") as b:
+        copy_data(a, b, 2, len(content) - 2, chunk, unit, target_is_zero=True)
+        left = b.pread(0, len(content))
+        assert left.replace(b"?", b"\0")[2:] == content[2:]
+        assert left[:2] == b"??" and (b"?" in left[2:]) == bool(unit)
+        copy_data(a, b, 0, len(content), chunk, unit, target_is_zero=False)
+        assert b.pread(0, len(content)) == content
+        with pytest.raises(ValueError, match="chunk"):
+            copy_data(a, b, 0, 1, 0, unit, target_is_zero=False)
+        with pytest.raises(ValueError, match="not inside"):
+            copy_data(a, b, 1, len(content), chunk, unit, target_is_zero=False)

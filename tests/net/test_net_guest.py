@@ -41,11 +41,12 @@ def linux():
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
     with contextlib.ExitStack() as stack:
 
-        def make(run, nets, transport="pci"):
+        def make(run, nets, transport="pci", cpus=1):
             machine = Machine(
                 kernel=guest.kernel,
                 initrd=guest.initrd_modules,
                 memory="256M",
+                cpus=cpus,
                 backend="tcg",
                 transport=transport,
                 nets=nets,
@@ -133,6 +134,30 @@ def test_user_mode_network(linux, transport):
         assert 'kvmpy_network_tcp_opened_total{device="net0"}' in stats.prometheus()
 
 
+@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.slow)])
+def test_two_processors_use_two_queues_of_a_tap(linux, namespace, transport):
+    words = f"tap:guest0,netns={namespace.name},address=192.168.77.1/24,queues=2"
+    run = (
+        "ls -d /sys/class/net/eth0/queues/*\n"
+        "ip addr add 192.168.77.2/24 dev eth0; ip link set eth0 up\n"
+        "for cpu in 1 2; do taskset $cpu ping -c 3 192.168.77.1 || exit 1; done"
+    )
+    try:
+        machine = linux(run, [words], transport, cpus=2)
+    except NetworkError as error:
+        pytest.skip(str(error))
+    with machine:
+        text = ended(machine)
+        assert text.count("3 packets received") == 2
+        for name in ("rx-0", "rx-1", "tx-0", "tx-1"):
+            assert f"queues/{name}" in text
+        requests = [queue[0] for queue in machine.stats()["virtio"]["net0"]["queues"]]
+        for pair in (0, 1):
+            assert requests[2 * pair + 1] >= 3, "its processor sends here"
+            assert requests[2 * pair] >= 3, "and the answers come back here"
+    assert "guest0" not in namespace.run("ip", "link")
+
+
 def test_tap_in_a_namespace(linux, namespace, tmp_path):
     try:
         tap = Tap("guest0", namespace=namespace.name, addresses="192.168.77.1/24")
@@ -194,7 +219,8 @@ def test_two_guests_over_the_switch(linux):
 
 
 @pytest.mark.slow
-def test_a_guest_of_qemu_on_our_network(linux, tmp_path):
+@pytest.mark.parametrize("server", ["off", "on"])
+def test_a_guest_of_qemu_on_our_network(linux, tmp_path, server):
     """QEMU's `-netdev stream` is plugged into our switch, whose uplink is the user-mode network."""
     qemu = shutil.which("qemu-system-x86_64")
     if qemu is None:
@@ -205,13 +231,13 @@ def test_a_guest_of_qemu_on_our_network(linux, tmp_path):
     path = tmp_path / "wire"
     with web_server() as port, Switch() as switch:
         switch.connect(UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{port}"]))
-        switch.connect(StreamSocket(path, listen=True))
+        switch.connect(StreamSocket(path, **({"listen": True} if server == "off" else {"reconnect": 0.1})))
         words = parameters(run, modules=MODULES, reboot=True)
         done = subprocess.run(
             [qemu, "-M", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot",
              "-serial", "stdio", "-kernel", linux.guest.kernel, "-initrd", linux.guest.initrd_modules,
              "-append", f"console=ttyS0 nokaslr quiet panic=-1 {words}",
-             "-netdev", f"stream,id=n,server=off,addr.type=unix,addr.path={path}",
+             "-netdev", f"stream,id=n,server={server},addr.type=unix,addr.path={path}",
              "-device", "virtio-net-pci,netdev=n"],
             capture_output=True, text=True, timeout=180, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip

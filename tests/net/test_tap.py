@@ -3,8 +3,10 @@
 
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvmpy.errors import NetworkError
-from kvmpy.net import Tap, TapFd, owner
+from kvmpy.net import Switch, Tap, TapFd, UserNet, owner
 from kvmpy.net.tap import reclaim
 
 
@@ -92,8 +94,27 @@ def test_an_interface_that_exists_is_used_and_stays(tap, namespace):
 
 def test_several_queues(tap, namespace):
     with tap(queues=3) as made:
-        assert len({queue.fd for queue in made.backends}) == 3
-        assert {queue.name for queue in made.backends} == {made.name}
+        assert len({queue.fd for queue in made.queues}) == 3
+        assert {queue.name for queue in made.queues} == {made.name}
+
+
+def test_who_knows_nothing_of_several_queues_gets_all_packets_from_the_first(tap, namespace):
+    code = """
+import socket
+for port in range(7000, 7020):  # the kernel chooses queues by connection
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); sock.settimeout(20)
+    sock.sendto(b"hello", ("10.0.2.2", 7000)); assert sock.recv(10) == b"there"
+print("all")
+"""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host, Switch() as switch:
+        host.bind(("127.0.0.1", 0))
+        host.settimeout(20)
+        switch.connect(UserNet(dns=[], guest_forwards=[f"udp::7000-127.0.0.1:{host.getsockname()[1]}"]))
+        switch.connect(tap("eth0", addresses="10.0.2.15/24", queues=4))
+        guest = namespace.start("python3", "-c", code, stdout=-1)
+        for _ in range(20):
+            host.sendto(b"there", host.recvfrom(10)[1])
+        assert guest.communicate(timeout=20)[0] == "all\n"
 
 
 @needs_nft
@@ -160,7 +181,7 @@ def test_owners():
 
 
 def test_macvtap(namespace):
-    """Made by hand; its descriptor is a back end."""
+    """Made by hand; its descriptor is a back end. The other end of the wire is asked for its address, and answers."""
     namespace.run("ip", "link", "add", "base0", "type", "veth", "peer", "name", "base1")
     error = namespace.run("ip", "link", "add", "link", "base0", "name", "mac0", "type", "macvtap", check=False)
     if error:
@@ -172,6 +193,19 @@ def test_macvtap(namespace):
         pytest.skip(f"/dev/tap{index}: {error.strerror}")
     with TapFd(fd) as made:
         made.set_offloads(made.offloads)
+        namespace.run("ip", "addr", "add", "192.168.7.1/24", "dev", "base1")
+        for name in ("base0", "base1", "mac0"):
+            namespace.run("ip", "link", "set", name, "up")
+        mac = bytes.fromhex(links(namespace)["mac0"]["address"].replace(":", ""))
+        asked = bytes([0, 1, 8, 0, 6, 4, 0, 1]) + mac + bytes([192, 168, 7, 2]) + bytes(6) + bytes([192, 168, 7, 1])
+        os.write(made.fd, bytes(12) + b"\xff" * 6 + mac + b"\x08\x06" + asked)
+        poll = select.poll()
+        poll.register(made.fd, select.POLLIN)
+        answer = b""
+        while answer[24:26] != b"\x08\x06" and poll.poll(10_000):  # there may be frames of IPv6's before it
+            answer = os.read(made.fd, 2048)
+        there = bytes.fromhex(links(namespace)["base1"]["address"].replace(":", ""))
+        assert answer[12:24] == mac + there and answer[32:38] == b"\0\2" + there[:4], "a reply (RFC 826)"
 
 
 @pytest.mark.parametrize(

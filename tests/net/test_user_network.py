@@ -2,6 +2,7 @@
 """The user-mode network with a real Linux as its guest: DHCP, echo, TCP and UDP both ways, DNS, policy."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -17,6 +18,7 @@ from net_rig import UDHCPC, guest_on
 
 from kvmpy.errors import NetworkError
 from kvmpy.net import Policy, Tap, UserNet
+from kvmpy.net.namespace import inside, open_namespace
 
 PEER = r"""
 import hashlib, socket, sys, time
@@ -80,7 +82,7 @@ class Host:
 
     def accept(self):
         peer = self.listener.accept()[0]
-        peer.settimeout(20)
+        peer.settimeout(60)  # frames are lost in one test, and the host may be busy
         return peer
 
     def __enter__(self):
@@ -96,7 +98,7 @@ def peer(namespace, *words):
 
 def finish(guest):
     """Its output, when it ended well."""
-    text = guest.communicate(timeout=20)[0]
+    text = guest.communicate(timeout=60)[0]
     assert guest.returncode == 0, text
     return text.strip()
 
@@ -279,6 +281,65 @@ data, where = sock.recvfrom(65536); sock.sendto(data[::-1], where); print(where[
             client.sendto(b"abc", ("127.0.0.1", made.forwards[0].port))
             assert client.recv(100) == b"cba"
         assert finish(guest) == "10.0.2.2"
+
+
+OUTSIDE = "2001:db8::7"
+SIX = """
+import socket
+listener = socket.create_server((HOST, 7000), family=socket.AF_INET6)
+datagrams = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+datagrams.bind((HOST, 7000))
+print("ready", flush=True)
+peer = listener.accept()[0]
+count = 0
+while data := peer.recv(1 << 16):
+    count += len(data)
+    peer.sendall(data)
+peer.close()
+data, where = datagrams.recvfrom(65536)
+datagrams.sendto(data[::-1], where)
+print(count, len(data))
+"""
+SIX_GUEST = """
+import os, socket, threading
+content = os.urandom(3 << 20)
+peer = socket.create_connection((HOST, 7000), timeout=20)
+def send():
+    peer.sendall(content)
+    peer.shutdown(socket.SHUT_WR)
+sender = threading.Thread(target=send); sender.start()
+back = b"".join(iter(lambda: peer.recv(1 << 16), b""))
+sender.join()
+sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); sock.settimeout(20)
+sock.sendto(b"ab" * 600, (HOST, 7000))
+data, where = sock.recvfrom(65536)
+print(back == content, data == b"ba" * 600, where[:2])
+refused = socket.socket(socket.AF_INET6, socket.SOCK_STREAM); refused.settimeout(20)
+print(refused.connect_ex((HOST, 7001)))
+"""
+
+
+def test_ipv6_leads_to_hosts_beyond_the_gateway(namespace, other_namespace):
+    """The network's own sockets are in a second namespace, whose host is the world."""
+    other_namespace.run("ip", "addr", "add", f"{OUTSIDE}/128", "dev", "lo")
+    server = other_namespace.start("python3", "-c", f"HOST = {OUTSIDE!r}{SIX}", stdout=-1)
+    assert server.stdout.readline() == "ready\n"
+    place = open_namespace(other_namespace.name)
+    try:
+        net = inside(place, lambda: UserNet(dns=[]))
+    finally:
+        os.close(place)
+    with guest_on(net, namespace):
+        namespace.run("ip", "link", "set", "eth0", "up")
+        deadline = time.monotonic() + 20
+        while "default via fe80::2" not in namespace.run("ip", "-6", "route") or (
+            "tentative" in namespace.run("ip", "-6", "addr")
+        ):
+            assert time.monotonic() < deadline, namespace.run("ip", "-6", "addr")
+            time.sleep(0.1)
+        guest = namespace.start("python3", "-c", f"HOST = {OUTSIDE!r}{SIX_GUEST}", stdout=-1)
+        assert finish(guest).splitlines() == [f"True True ('{OUTSIDE}', 7000)", str(errno.ECONNREFUSED)]
+        assert finish(server) == f"{3 << 20} 1200"
 
 
 class Resolver(threading.Thread):

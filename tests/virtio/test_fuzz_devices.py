@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fixed part of fuzzing in every test run: rings, devices and qcow2 in C, under the sanitizers; seeds and a number of
-changed ones. `make fuzz` is the open-ended, coverage-guided version of the same targets.
+"""A fixed part of fuzzing in every test run: rings, devices, qcow2 and networks in C, under the sanitizers; seeds and a
+number of changed ones. `make fuzz` is the open-ended, coverage-guided version of the same targets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "fuzz.py"
 NO_COMPILER = 77
 
 
-@pytest.mark.parametrize(("target", "runs"), [("virtio", 20000), ("qcow2", 2000)])
+@pytest.mark.parametrize(("target", "runs"), [("virtio", 20000), ("qcow2", 2000), ("network", 5000)])
 def test_fixed_seed(target, runs, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     command = [sys.executable, TOOL, target, "--runs", str(runs), "--seed", "1", "--folder", folder]

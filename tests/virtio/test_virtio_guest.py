@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from kvmpy.chardev import Console
 from kvmpy.cli import main
 from kvmpy.guests.init import parameters
 from kvmpy.net import PacketSocket
-from kvmpy.virtio import Port
+from kvmpy.virtio import Balloon, Port
 
 pytestmark = pytest.mark.guest
 
@@ -154,3 +155,44 @@ grep 'virtio0-req' /proc/interrupts"""
     lines = [line.split() for line in text.splitlines() if "virtio0-req." in line and "MSI" in line]
     counts = [[int(word) for word in words[1:3]] for words in lines]
     assert len(counts) == 2 and counts[0][0] > 0 and counts[1][1] > 0, text[-2000:]
+
+
+@pytest.mark.slow
+def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(backend_for_linux):
+    guest = guests.find("debian-6.1")
+    if guest is None:
+        pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
+    run = """echo ready; read line; mkdir /t; mount -t tmpfs -o size=100% none /t
+dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
+    console = Console()
+    with Machine(
+        kernel=guest.kernel,
+        initrd=guest.initrd_modules,
+        memory="256M",
+        backend=backend_for_linux,
+        console=console,
+        balloon=True,
+        cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_balloon")),
+    ) as machine:
+        (balloon,) = (one for one in machine.virtio.devices if isinstance(one, Balloon))
+        console.expect("ready", timeout=120)
+        for size in (160 << 20, 32 << 20, 160 << 20):
+            balloon.target = size
+            wait_for(lambda size=size: balloon.actual == size)
+        assert balloon.discarded >= 160 << 20
+        asked = dict(balloon.statistics)
+        balloon.request_statistics()
+        wait_for(lambda: balloon.statistics != asked)
+        assert 0 < balloon.statistics["free_memory"] < 96 << 20
+        console.send_line("go")
+        console.expect("filled", timeout=120)
+        assert balloon.actual < 160 << 20, "it let some go"
+        console.send_line("end")
+        assert machine.wait(60).reason == "poweroff"
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

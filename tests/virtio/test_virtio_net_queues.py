@@ -7,7 +7,8 @@ import socket
 import pytest
 from virtio_rig import Rig
 
-from kvmpy.net import PacketSocket, TapFd
+from kvmpy.errors import NetworkError, StateError
+from kvmpy.net import PacketSocket, Tap, TapFd
 from kvmpy.virtio import Net
 from kvmpy.virtio import net as n
 
@@ -147,6 +148,46 @@ def test_queues_of_a_tap(threaded):
         assert use(driver, 2, control=4) == b"\0" and use(driver, 1, control=4) == b"\0"
         driver.queues[1].request([PLAIN, frame(1)])  # the interface is down: dropped, not fatal
         assert driver.status == 15
+
+
+def test_the_queues_of_a_tap_make_the_pairs_of_its_card(threaded):
+    try:
+        tap = Tap(f"kvq{os.getpid() % 100000}", queues=2)
+    except NetworkError as error:
+        pytest.skip(str(error))
+    with Rig(Net(tap, threaded=threaded)) as rig:
+        driver = rig.start(MQ)
+        assert driver.config(8, 2) == 2
+        assert use(driver, 2, control=4) == b"\0"
+        for queue in (1, 3):
+            driver.queues[queue].request([PLAIN, b"\xff" * 6 + bytes(54)])
+        assert rig.device.stats()["tx_frames"] == 2
+    assert tap.fd == -1 and tap.name not in dict(socket.if_nameindex()).values()
+
+
+def test_a_network_that_is_closed_before_its_card_takes_the_cable_out(threaded):
+    """The numbers of its descriptors may be other files' by then."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    backend = PacketSocket(ours)
+    number = backend.fd
+    reader, writer = os.pipe()
+    with Rig(Net(backend, threaded=threaded)) as rig:
+        driver = rig.start(n.STATUS)
+        backend.close()
+        os.dup2(writer, number)
+        theirs.close()
+        driver.queues[0].add([], [2048])
+        driver.queues[0].kick()
+        driver.wait(lambda: driver.config(6, 2) == 0)
+        driver.queues[1].add([PLAIN, frame(1)], [])
+        driver.queues[1].kick()
+        rig.device.poll()
+    os.close(writer)
+    os.close(number)
+    assert os.read(reader, 1) == b"", "nothing of the guest's went there"
+    os.close(reader)
+    with pytest.raises(StateError, match="closed"):
+        Net(backend)
 
 
 def test_back_ends_that_do_not_fit_together():

@@ -236,6 +236,7 @@ class UserNet(Closing):
         self._close_wire()
 
     def _close_wire(self) -> None:
+        self.fd = -1
         self._ours.close()
         self._theirs.close()
 
