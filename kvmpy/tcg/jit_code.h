@@ -106,15 +106,13 @@ struct emit {
     struct jit_block *jb;
     uint32_t start;          /* of the block, in its page */
     unsigned flags;          /* IN_* */
-    struct slow slow[MAX_SLOW];
-    unsigned nslow;
-    struct leave leave[MAX_LEAVE];
-    unsigned nleave;
-    unsigned helpers;
+    unsigned nslow, nleave, helpers;
     unsigned aligned;        /* of the next probe: 16 or 32; 0: it need not be */
     struct vectors held, dirty; /* guest vector registers in host registers of the same number; those not yet in c->v */
     bool masked;             /* MXCSR has been looked at: all exceptions are masked */
     bool shadow;             /* STI comes before this instruction */
+    struct slow slow[MAX_SLOW]; /* from here on not cleared for a new block */
+    struct leave leave[MAX_LEAVE];
 };
 
 #define FIELD(e, f) rm_abs(&(e)->c->f)
