@@ -294,6 +294,11 @@ struct cpu {
         uint64_t context, serial; /* what the present mode and address translations are called */
         bool stop;              /* the running code has been forgotten */
         bool once;              /* the next block is the interpreter's */
+        struct {                /* jit_x87.c */
+            bool live;          /* registers, tags and status are in the host's unit, not in fpu */
+            bool fip_written;   /* since then: fpu.fcs shall be CS */
+            uint8_t fdp_segment; /* fpu.fds shall be segment n - 1 */
+        } x87;
     } jit;
 
     struct { const struct uop *u; uint8_t mmu; } edge; /* ea.c: who came near a segment's limit; c->tlb before that */

@@ -54,7 +54,7 @@ static uint64_t host_features(unsigned word)
 static unsigned switched_off(const char *words)
 {
     static const struct { const char *name; unsigned bit; } names[] = {
-        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"perf", JIT_PERF},
+        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"perf", JIT_PERF}, {"nox87", JIT_NO_X87},
     };
     unsigned bits = 0;
     for (unsigned i = 0; words && i < sizeof names / sizeof names[0]; i++)
@@ -346,6 +346,7 @@ OP(jit_enter)
         c->jit.page = rip & PAGE_MASK_4K;
         c->block = &j->nowhere;
         struct jit_link *l = (struct jit_link *)(uintptr_t)j->enter(jb->entry);
+        jit_behind_host_code(c);
         c->block = NULL;
         if (l) {
             c->rip = c->jit.page + (int64_t)l->delta;

@@ -194,7 +194,7 @@ static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint
         shift_imm(k, true, 4, S1, noncanonical(e));
         shift_imm(k, true, 7, S1, noncanonical(e));
         put_insn(k, 0, true, 0, 0x3b, S1, rm_reg(S0), 0);
-        e->leave[e->nleave++] = (struct leave){jcc32(k, COND_NZ), again, {0, 0, false}};
+        e->leave[e->nleave++] = (struct leave){jcc32(k, COND_NZ), again, {0}};
     }
     if (drop)
         lea(k, true, GUEST_SP, rm_mem(GUEST_SP, drop));
@@ -210,8 +210,8 @@ static void poll_or_leave(struct emit *e, uint32_t offset)
     if (e->shadow) /* no interrupt right behind STI */
         return;
     poll(&e->a, e, out);
-    e->leave[e->nleave++] = (struct leave){out[0], offset, {0, 0, false}};
-    e->leave[e->nleave++] = (struct leave){out[1], offset, {0, 0, false}};
+    e->leave[e->nleave++] = (struct leave){out[0], offset, {0}};
+    e->leave[e->nleave++] = (struct leave){out[1], offset, {0}};
 }
 
 /* Stores the address `behind` (offset in the page) on the stack. */

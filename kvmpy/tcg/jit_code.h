@@ -65,7 +65,8 @@ struct jit {
     uint64_t pages[64];      /* filter of pages that have been proved */
 };
 enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */,
-       JIT_PERF = 32 /* on, not off: tell perf of the code */ };
+       JIT_PERF = 32, /* on, not off: tell perf of the code */
+       JIT_NO_X87 = 64 };
 
 bool jit_map(struct cpu *c, struct jit *j);
 void jit_unmap(struct jit *j);
@@ -79,9 +80,11 @@ OP_DECL(jit_back);
 /* ---- emission ---- */
 enum { IN_CC = 1, IN_EFLAGS = 2 };
 #define SLOW_SITES 4
-struct vectors { /* registers of which 16 bytes, and those of which 32 are meant */
+struct vectors { /* registers of which 16 bytes, and those of which 32 are meant; and x87 (jit_x87.c) */
     uint16_t low, full;
     bool wide;               /* of dirty: upper halves of host registers have been used */
+    bool x87;                /* of held: its registers are in the host's unit */
+    uint16_t fip;            /* of dirty: c->fpu.fip shall be this offset in the page, plus 1; 0: it is what it shall be */
 };
 struct slow { /* out of line: the interpreter does it */
     uint8_t *site[SLOW_SITES];
@@ -135,14 +138,29 @@ const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn f
 struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s);
 struct rm jit_operand(struct emit *e, const struct decoded *d, unsigned size, bool write, struct slow *s, bool want_s1);
 bool jit_can_address(const struct emit *e, const struct decoded *d);
-struct slow *jit_new_slow(struct emit *e);
 void jit_resume(struct emit *e, const struct decoded *d, struct slow *s); /* its slow path comes back here */
 void jit_need_cc(struct emit *e);
+void jit_need_eflags(struct emit *e, unsigned tmp);
+/* The address within its segment into dst; `other` is used only when base and index both live in memory. */
+void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned other);
 void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset);
+struct slow *jit_new_slow(struct emit *e);
+void jit_slow_if(struct emit *e, struct slow *s, unsigned cond);
 /* jit_vec.c */
 bool jit_vector(struct emit *e, const struct decoded *d);
 void jit_flush_vectors(struct emit *e);  /* to c->v; none is held afterwards */
 void jit_spill(struct place_of_code *a, struct emit *e, struct vectors v);
 void jit_reload(struct place_of_code *a, struct emit *e, struct vectors v);
+/* jit_x87.c */
+bool jit_x87(struct emit *e, const struct decoded *d);
+void jit_store_fip(struct place_of_code *a, struct emit *e, unsigned fip);
+struct uop jit_x87_again(unsigned offset);
+void jit_x87_leave(struct cpu *c);
+/* First thing in C behind host code. */
+static inline void jit_behind_host_code(struct cpu *c)
+{
+    if (unlikely(c->jit.x87.live))
+        jit_x87_leave(c);
+}
 
 #endif

@@ -39,7 +39,7 @@ void jit_need_cc(struct emit *e)
         jit_save_flags(&e->a, e);
     e->flags |= IN_CC;
 }
-static void need_eflags(struct emit *e, unsigned tmp)
+void jit_need_eflags(struct emit *e, unsigned tmp)
 {
     if (!(e->flags & IN_EFLAGS))
         jit_restore_flags(&e->a, e, tmp);
@@ -60,6 +60,8 @@ const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn f
         u->fn = fn;
         u->len = 0; /* only a part of the instruction */
     }
+    if (e->held.x87)
+        *++u = jit_x87_again(d->uop.off + d->uop.len);
     u[1] = (struct uop){.fn = op_jit_back, .off = d->uop.off, .base = REG_ZERO, .index = REG_ZERO};
     return first;
 }
@@ -84,7 +86,7 @@ struct slow *jit_new_slow(struct emit *e)
     return s;
 }
 
-static void slow_if(struct emit *e, struct slow *s, unsigned cond) { s->site[s->sites++] = jcc32(&e->a, cond); }
+void jit_slow_if(struct emit *e, struct slow *s, unsigned cond) { s->site[s->sites++] = jcc32(&e->a, cond); }
 
 /* The slow path of an instruction ends here. */
 void jit_resume(struct emit *e, const struct decoded *d, struct slow *s)
@@ -127,8 +129,7 @@ static unsigned half(struct emit *e, uint8_t offset, unsigned tmp)
     return tmp;
 }
 
-/* The linear address into dst; `other` is used only when base and index both live in memory. */
-static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
+void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
 {
     bool wide = !(u->aflags & EA_A32);
     if (u->base == REG_BIP) {
@@ -142,6 +143,12 @@ static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned o
             index = half(e, u->index, base == dst ? other : dst);
         lea(&e->a, wide, dst, rm_sib(base, index, u->scale, u->disp));
     }
+}
+
+/* The linear address. */
+static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
+{
+    jit_offset(e, u, dst, other);
     if (u->aflags & EA_SEG)
         put_insn(&e->a, 0, true, 0, 0x03, dst, rm_abs(&e->c->segbase[u->seg]), 0);
 }
@@ -156,7 +163,7 @@ static void look_up(struct emit *e, bool write, struct slow *s)
     put_insn(a, 0, true, 0, 0x03, S0, FIELD(e, tlb), 0);
     alu_imm(a, true, 4, rm_reg(S1), e->aligned ? -4096 | (int32_t)(e->aligned - 1) : -4096);
     put_insn(a, 0, true, 0, 0x3b, S1, rm_mem(S0, write ? offsetof(struct tlb_entry, wr) : offsetof(struct tlb_entry, rd)), 0);
-    slow_if(e, s, COND_NZ);
+    jit_slow_if(e, s, COND_NZ);
     mov_load(a, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)));
     e->flags &= ~(unsigned)IN_EFLAGS;
 }
@@ -314,7 +321,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
         jit_need_cc(e);
     bool eflags = wants_eflags(d, observed);
     if (!mem && eflags)
-        need_eflags(e, S0);
+        jit_need_eflags(e, S0);
     struct slow *s = NULL;
     struct rm rm = {0};
     struct scratch scratch = {.used = 0};
@@ -322,7 +329,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
         s = jit_new_slow(e);
         rm = jit_operand(e, d, o.mem_size, o.mem_first && r->jit != JIT_COPYR, s, nhomed > 0 || eflags);
         if (eflags)
-            need_eflags(e, S1);
+            jit_need_eflags(e, S1);
     } else if (o.rm >= 0) {
         rm = rm_reg(o.high_rm ? (unsigned)o.rm + 4 : fetch(e, o.rm, &scratch));
     }
@@ -361,7 +368,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
 static bool fixed(struct emit *e, const struct decoded *d, uint8_t observed)
 {
     if (wants_eflags(d, observed))
-        need_eflags(e, S0);
+        jit_need_eflags(e, S0);
     if (prefixes(d) & P_66)
         put1(&e->a, 0x66);
     if (wide(d))
@@ -473,13 +480,13 @@ static bool divide(struct emit *e, const struct decoded *d)
         mov_rr(a, S0, RAX);
         shift_imm(a, w, 7, S0, w ? 63 : 31);
         put_insn(a, 0, w, 0, 0x3b, S0, rm_reg(RDX), 0);
-        slow_if(e, s, COND_NZ);
+        jit_slow_if(e, s, COND_NZ);
         lea(a, w, S0, rm_mem(S1, 1));
         alu_imm(a, w, 7, rm_reg(S0), 1);
-        slow_if(e, s, COND_BE);
+        jit_slow_if(e, s, COND_BE);
     } else {
         put_insn(a, 0, w, 0, 0x3b, RDX, rm_reg(S1), 0);
-        slow_if(e, s, COND_AE);
+        jit_slow_if(e, s, COND_AE);
     }
     put_insn(a, 0, w, 0, 0xf7, (unsigned)d->row->digit, rm_reg(S1), 0);
     e->flags = IN_CC; /* the flags are undefined: they stay, as the interpreter leaves them */
@@ -503,6 +510,7 @@ bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed)
     case JIT_NOP: return true;
     case JIT_VEC: case JIT_VZEROUPPER: return jit_vector(e, d);
     case JIT_DIV: return divide(e, d);
+    case JIT_X87: case JIT_X87W: case JIT_X87C: case JIT_X87CW: return jit_x87(e, d);
     case JIT_XCHGAX: {
         unsigned guest = guest_of(d->uop.d);
         struct scratch scratch = {.used = 0};

@@ -102,6 +102,7 @@ static void epilogue(struct place_of_code *a)
 const struct uop *jit_call(struct cpu *c, const struct uop *u)
 {
     const struct uop *first = u;
+    jit_behind_host_code(c);
     while (u && u->fn != op_jit_back)
         u = u->fn(c, u);
     if (u && unlikely(c->jit.stop) && first->len + u[-1].len) {

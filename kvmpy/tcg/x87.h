@@ -114,6 +114,13 @@ static inline void x87_write(struct cpu *c, const struct uop *u, uint64_t lin, c
         mem_write_bytes(c, u, lin, v, size);
 }
 
+struct x87_image { /* FNSAVE, 32-bit protected-mode form, which 64-bit code gets too */
+    uint16_t cw, pad0, sw, pad1, tags, pad2;
+    uint32_t pointers[4];
+    uint8_t st[8][10];
+};
+_Static_assert(sizeof(struct x87_image) == 108, "FNSAVE writes 108 bytes");
+
 /* The end of every asm below: status to AX, and no exception may stay pending on the host. */
 #define X87_END "fnstsw %%ax\n\ttest $0x80, %%al\n\tjz 1f\n\tfnclex\n1:\n\t"
 #define X87_CLOBBER "cc", "st", "st(1)", "st(2)"
