@@ -101,7 +101,7 @@ def test_sequences_as_in_the_interpreter(programs, switches):
 
 @pytest.mark.parametrize("switches", [*OFF, "all,nox87"])
 def test_x87_sequences_as_in_the_interpreter(programs, switches):
-    """x87 among integers and MMX: stack faults, NaNs, denormals, exceptions masked and not, pointers to instructions."""
+    """x87 among integers and MMX: stack faults, NaNs, denormals, exceptions masked and not, instruction pointers."""
     cases = vectors.sequences(11, 20, {"x87"}) + vectors.sequences(12, 3, {"mmxclass"}) + integers(13, 3)
     ran, _ = differences([programs / "sequences", "11", "10000"], cases, switches)
     assert ran == 10000
