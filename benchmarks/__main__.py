@@ -48,6 +48,7 @@ def _cpu(options: argparse.Namespace) -> Iterable[Row]:
         kvm=options.kvm,
         executor=options.executor,
         interp=options.interp,
+        only=options.workload,
     )
 
 
@@ -80,6 +81,9 @@ def main() -> int:
     guest.add_argument("--kvm", action="store_true", help="measure kvmpy on the kernel's KVM too")
     guest.add_argument("--executor", choices=("interp", "jit"), help="of the software CPU (default: its own choice)")
     guest.add_argument("--interp", action="store_true", help="measure the software CPU's interpreter besides")
+    guest.add_argument(
+        "--workload", action="append", default=[], metavar="NAME", help="only this one, without boots (may be repeated)"
+    )
     options = parser.parse_args()
     if unknown := set(options.names) - KNOWN.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(KNOWN)}")

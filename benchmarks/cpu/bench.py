@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -99,38 +99,51 @@ class Round:
 
 
 def run(
-    rounds: int | None, *, guest: str, qemu: str, kvm: bool, executor: str | None = None, interp: bool = False
+    rounds: int | None,
+    *,
+    guest: str,
+    qemu: str,
+    kvm: bool,
+    executor: str | None = None,
+    interp: bool = False,
+    only: Sequence[str] = (),
 ) -> Iterator[Row]:
     """Measure and yield the rows; says on standard error what it does.
 
     rounds: None for `ROUNDS`; guest: a stock Linux guest; qemu: the peer's program (left out when there is
     none); kvm: try the kernel's engine too; executor: of the software CPU, None for its default; interp: measure its
-    interpreter beside it. Raises BenchmarkError, GuestUnavailableError.
+    interpreter beside it; only: names of workloads, without boots (default: all). Raises BenchmarkError,
+    GuestUnavailableError.
     """
+    if unknown := set(only) - WORKLOADS.keys():
+        raise BenchmarkError(f"no workload {', '.join(sorted(unknown))}; there are {', '.join(WORKLOADS)}")
     with tempfile.TemporaryDirectory(prefix="kvmpy-bench-") as directory:
         made = payload.make(Path(directory), guest)
         ours = sides.kvmpy("tcg", TIMEOUT, executor)
         slow = sides.kvmpy("tcg", TIMEOUT, "interp") if interp else None
-        yield from _measure(made, rounds or ROUNDS, ours, slow, _peer(qemu), _kernel_engine(made) if kvm else {})
+        kernel = _kernel_engine(made) if kvm else {}
+        yield from _measure(made, rounds or ROUNDS, ours, slow, _peer(qemu), kernel, only)
 
 
 def _measure(
-    made: Payload, rounds: int, ours: Side, interp: Side | None, peer: Side | None, kvm: Times
+    made: Payload, rounds: int, ours: Side, interp: Side | None, peer: Side | None, kvm: Times, only: Sequence[str]
 ) -> Iterator[Row]:
-    expected = sides.native(made, REPEATS)
+    expected = sides.native(made, REPEATS, only)
     done: list[Round] = []
     for number in range(rounds):
         _tell(f"round {number + 1} of {rounds}")
-        native = sides.native(made, REPEATS)
+        native = sides.native(made, REPEATS, only)
         _check(native, expected, "native")
-        mine, my_cpu = _turn(ours, made, expected)
-        theirs, their_cpu = _turn(peer, made, expected) if peer else ({}, {})
-        slow = _turn(interp, made, expected)[0] if interp else {}
+        mine, my_cpu = _turn(ours, made, expected, only)
+        theirs, their_cpu = _turn(peer, made, expected, only) if peer else ({}, {})
+        slow = _turn(interp, made, expected, only)[0] if interp else {}
         done.append(Round(native.seconds, mine, theirs, my_cpu, their_cpu, slow))
 
     ratios, cpu_ratios = [], []
     for name, title in {**WORKLOADS, **_titles(made)}.items():
         row = _row(name, title, done, kvm)
+        if only and name not in only:
+            continue
         if name in WORKLOADS and row.ratio is not None and row.cpu_ratio is not None:
             ratios.append(row.ratio)
             cpu_ratios.append(row.cpu_ratio)
@@ -140,8 +153,12 @@ def _measure(
         yield Row(title, "", ratio=statistics.geometric_mean(ratios), cpu_ratio=statistics.geometric_mean(cpu_ratios))
 
 
-def _turn(side: Side, made: Payload, expected: Timed) -> tuple[Times, Times]:
+def _turn(side: Side, made: Payload, expected: Timed, only: Sequence[str] = ()) -> tuple[Times, Times]:
     """Boot and run the workloads once: the times, and the processor times."""
+    if only:
+        work = _again(side, lambda: side.work(made, REPEATS, only))
+        _check(work, expected, side.name)
+        return work.seconds, work.cpu
     boot = _again(side, lambda: side.boot(made.bzimage, made.initrd, CONSOLE))
     quick = _again(side, lambda: side.boot(made.bzimage, made.initrd, f"{CONSOLE} cryptomgr.notests"))
     work = _again(side, lambda: side.work(made, REPEATS))

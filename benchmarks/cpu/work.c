@@ -2,7 +2,7 @@
  * The guest workloads: as the first program of a guest, or on the host to compare.
  *   work off                      power off at once (what a boot costs)
  *   work scale REPEATS            one worker, then two on two processors: bench: workers COUNT SECONDS
- *   work run REPEATS BUSYBOX      each workload REPEATS times; then, as process 1, power off
+ *   work run REPEATS BUSYBOX [NAME...]  each workload REPEATS times, or only those named; then, as process 1, power off
  * For each time that a workload runs there are two lines; RESULT must be the same everywhere:
  *   bench: ready NAME             then it waits for a line, so that the host can look at its own clocks
  *   bench: NAME SECONDS RESULT
@@ -465,6 +465,15 @@ static const struct { const char *name; uint64_t (*run)(void); int (*can_run)(vo
     { "fork", forks, always },        { "shell", shell, always },
 };
 
+/* Is it among those that were asked for? The first is: it is what the others are measured by. */
+static int wanted(const char *name, int count, char **names)
+{
+    for (int i = 0; i < count; i++)
+        if (strcmp(names[i], name) == 0)
+            return 1;
+    return count == 0 || strcmp(name, workloads[0].name) == 0;
+}
+
 /* One processor, as in the guest: otherwise two processes that talk run on two. */
 static void pin(void)
 {
@@ -512,7 +521,7 @@ static void scale(int repeats)
 int main(int argc, char **argv)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    if (argc == 4 && strcmp(argv[1], "run") == 0) {
+    if (argc >= 4 && strcmp(argv[1], "run") == 0) {
         busybox = argv[3];
         pin();
         struct termios terminal;
@@ -521,8 +530,9 @@ int main(int argc, char **argv)
             tcsetattr(STDIN_FILENO, TCSANOW, &terminal);
         }
         printf("bench: begin %.6f\n", now());
-        for (size_t i = 0; i < ARRAY(workloads); i++)
-            for (int left = atoi(argv[2]); left > 0 && workloads[i].can_run(); left--) {
+        for (size_t i = 0; i < ARRAY(workloads); i++) {
+            int chosen = wanted(workloads[i].name, argc - 4, argv + 4) && workloads[i].can_run();
+            for (int left = atoi(argv[2]); left > 0 && chosen; left--) {
                 printf("bench: ready %s\n", workloads[i].name);
                 wait_for_line();
                 double started = now();
@@ -530,12 +540,13 @@ int main(int argc, char **argv)
                 double seconds = now() - started;
                 printf("bench: %s %.6f %016lx\n", workloads[i].name, seconds, (unsigned long)result);
             }
+        }
         printf("bench: end %.6f\n", now());
         wait_for_line();
     } else if (argc == 3 && strcmp(argv[1], "scale") == 0) {
         scale(atoi(argv[2]));
     } else if (argc != 2 || strcmp(argv[1], "off") != 0 || getpid() != 1) {
-        fprintf(stderr, "usage: work off | scale REPEATS | run REPEATS BUSYBOX (off: only as process 1)\n");
+        fprintf(stderr, "usage: work off | scale REPEATS | run REPEATS BUSYBOX [NAME...] (off: only as process 1)\n");
         return 2;
     }
     if (getpid() == 1)

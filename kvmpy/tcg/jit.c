@@ -240,6 +240,72 @@ static void know_target(struct cpu *c, struct jit_block *jb, uint64_t rip)
     jb->cached = t;
 }
 
+/* ---- called by host code ---- */
+
+/* Where the page of `rip` is in host memory, if the softTLB knows it as code. */
+static const uint8_t *known_code(const struct cpu *c, uint64_t rip)
+{
+    const struct tlb_entry *e = &c->xtlb->e[rip >> 12 & (TLB_SIZE - 1)];
+    return e->ex == (rip & PAGE_MASK_4K) ? (const uint8_t *)(rip + e->addend) : NULL;
+}
+
+/* A link out of the page was proved under another context. Most often it still leads where it did. */
+const uint8_t *jit_prove(struct cpu *c, struct jit_link *l)
+{
+    uint64_t rip = c->jit.page + (int64_t)l->delta;
+    if (!l->to || known_code(c, rip) != l->to->block->host)
+        return NULL;
+    proving(c, rip);
+    l->serial = c->jit.serial;
+    c->jit.page = rip & PAGE_MASK_4K;
+    return l->to->entry;
+}
+
+/* Host code for c->rip, in the present mode; NULL: the loop shall look. */
+const uint8_t *jit_find(struct cpu *c)
+{
+    struct jit *j = c->jit.state;
+    uint64_t rip = c->rip;
+    struct target *t = &j->target[rip & ((1u << TARGET_BITS) - 1)];
+    struct jit_block *jb = t->block;
+    if (jb && t->page == (rip & PAGE_MASK_4K) && jb->block->mode == c->mode && known_code(c, rip) == jb->block->host) {
+        proving(c, rip);
+        t->key = rip ^ c->jit.context;
+    } else {
+        struct block *b = block_peek(c);
+        if (!b || !b->host_code)
+            return NULL;
+        jb = b->host_code;
+        know_target(c, jb, rip);
+    }
+    c->jit.page = rip & PAGE_MASK_4K;
+    return jb->entry;
+}
+
+static bool asked_to_leave(const struct cpu *c)
+{
+    return atomic_load_explicit(&c->request, memory_order_relaxed) || c->budget <= 0 || c->jit.once;
+}
+
+/* Runs micro-ops up to op_jit_back; `behind` is where host code goes on then. When a handler went elsewhere (a system
+ * call), host code does too, if it has been there before. */
+const uint8_t *jit_call(struct cpu *c, const struct uop *u, const uint8_t *behind)
+{
+    const struct uop *first = u;
+    jit_x87_behind(c);
+    while (u && u->fn != op_jit_back)
+        u = u->fn(c, u);
+    if (u && unlikely(c->jit.stop) && first->len + u[-1].len) {
+        c->rip = RIP_AFTER(c, &u[-1]); /* the running code was forgotten, perhaps by this very instruction */
+        return NULL;
+    }
+    if (u)
+        return behind;
+    c->jit.stop = false; /* what is forgotten by now has been left */
+    c->budget--; /* a loop of such instructions has no other poll */
+    return unlikely(asked_to_leave(c)) ? NULL : jit_find(c);
+}
+
 /* ---- forgetting ---- */
 
 static void forget_target(struct target *t, uint64_t index, const struct jit_block *jb)
@@ -346,7 +412,7 @@ OP(jit_enter)
         c->jit.page = rip & PAGE_MASK_4K;
         c->block = &j->nowhere;
         struct jit_link *l = (struct jit_link *)(uintptr_t)j->enter(jb->entry);
-        jit_behind_host_code(c);
+        jit_x87_behind(c);
         c->block = NULL;
         if (l) {
             c->rip = c->jit.page + (int64_t)l->delta;
@@ -355,7 +421,7 @@ OP(jit_enter)
                 j->pending_rip = c->rip;
             }
         }
-        if (unlikely(atomic_load_explicit(&c->request, memory_order_relaxed)) || unlikely(c->budget <= 0) || unlikely(c->jit.once))
+        if (unlikely(asked_to_leave(c)))
             return NULL;
         b = block_peek(c);
         if (!b || !b->host_code)

@@ -98,15 +98,17 @@ static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t targ
         }
         l->far_site = jmp32(a);
         struct place_of_code *k = cold ? a : &e->k;
-        if (l->leaves_page) { /* unlinked: the page is not yet changed in the exits above */
-            l->far_stub = run_address(k);
+        l->far_stub = run_address(k);
+        if (l->leaves_page) /* unlinked: the page is not yet changed in the exits above */
             alu_imm(k, true, 0, FIELD(e, jit.page), -(int32_t)(offset & ~0xfffll));
-        } else {
-            l->far_stub = run_address(k);
-        }
-        for (unsigned i = 0; i < nout; i++)
+        for (unsigned i = 0; i < (backward ? 2u : 0); i++)
             set_target(out[i], delta, run_address(k));
         exit_by(k, e, l);
+        if (l->leaves_page) {
+            set_target(out[nout - 1], delta, run_address(k));
+            lea(k, true, S0, rm_abs(l));
+            jump_to(k, e->j->prove);
+        }
         set_target(l->far_site, delta, l->far_stub);
         return;
     }
@@ -199,7 +201,7 @@ static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint
     if (drop)
         lea(k, true, GUEST_SP, rm_mem(GUEST_SP, drop));
     mov_store(k, FIELD(e, rip), S0);
-    jump_to(k, e->j->exit_rip);
+    jump_to(k, e->j->find);
 }
 
 /* ---- terminators ---- */
@@ -324,6 +326,7 @@ static bool terminator(struct emit *e, const struct decoded *d)
     if (r && (r->jit != JIT_NONE || r->attrs & (OPA_LINK1 | OPA_LINK2)))
         return false;
     jit_helper(e, d);
+    e->helpers--; /* the interpreter would do the same */
     leave_at(&e->a, e, behind); /* not reached unless the handler says NEXT */
     return true;
 }

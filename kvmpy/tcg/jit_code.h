@@ -52,7 +52,7 @@ struct jit {
     unsigned threshold, off; /* off: JIT_NO_* */
     uint64_t host_features[2];
     const uint8_t *(*enter)(const uint8_t *code); /* returns a link or NULL with c->rip set */
-    const uint8_t *helper, *exit_link, *exit_rip; /* thunks */
+    const uint8_t *helper, *exit_link, *exit_rip, *prove, *find; /* thunks */
     struct jit_link *pending;  /* host code left by it and c->jit.pending_rip is where it leads */
     uint64_t pending_rip;
     struct block nowhere;    /* c->block while host code runs */
@@ -71,7 +71,10 @@ enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS =
 bool jit_map(struct cpu *c, struct jit *j);
 void jit_unmap(struct jit *j);
 void jit_thunks(struct cpu *c, struct jit *j);
-const struct uop *jit_call(struct cpu *c, const struct uop *u); /* the helper thunk's C half */
+/* What thunks call. jit_call: micro-ops up to op_jit_back; where host code goes on, NULL: out. */
+const uint8_t *jit_call(struct cpu *c, const struct uop *u, const uint8_t *behind);
+const uint8_t *jit_prove(struct cpu *c, struct jit_link *l);
+const uint8_t *jit_find(struct cpu *c);
 bool jit_compile(struct cpu *c, struct block *b);
 struct piece { const uint8_t *start; unsigned size; };
 void jit_tell_perf(uint64_t rip, const struct piece *pieces, unsigned count); /* jit_perf.c */
@@ -156,8 +159,8 @@ bool jit_x87(struct emit *e, const struct decoded *d);
 void jit_store_fip(struct place_of_code *a, struct emit *e, unsigned fip);
 struct uop jit_x87_again(unsigned offset);
 void jit_x87_leave(struct cpu *c);
-/* First thing in C behind host code. */
-static inline void jit_behind_host_code(struct cpu *c)
+/* Behind host code, before C that may look at c->fpu or use the unit: handlers and the loop. */
+static inline void jit_x87_behind(struct cpu *c)
 {
     if (unlikely(c->jit.x87.live))
         jit_x87_leave(c);

@@ -99,17 +99,23 @@ static void epilogue(struct place_of_code *a)
     put1(a, 0xc3);
 }
 
-const struct uop *jit_call(struct cpu *c, const struct uop *u)
+/* Calls C with the guest's registers in struct cpu: RDI is the cpu, RSI set by the caller; RAX comes back. */
+static void call_c(struct place_of_code *a, struct cpu *c, uintptr_t function)
 {
-    const struct uop *first = u;
-    jit_behind_host_code(c);
-    while (u && u->fn != op_jit_back)
-        u = u->fn(c, u);
-    if (u && unlikely(c->jit.stop) && first->len + u[-1].len) {
-        c->rip = RIP_AFTER(c, &u[-1]); /* the running code was forgotten, perhaps by this very instruction */
-        return NULL;
-    }
-    return u;
+    lea(a, true, RDI, rm_abs(c));
+    put1(a, 0x48);
+    put1(a, 0xb8); /* MOV RAX, imm64 */
+    put8(a, function);
+    put_insn(a, 0, false, 0, 0xff, 2, rm_reg(RAX), 0);
+    put_insn(a, 0, true, 0, 0x85, RAX, rm_reg(RAX), 0);
+}
+
+/* To the host code that RAX names, with the guest's registers. */
+static void go_on(struct place_of_code *a, struct cpu *c)
+{
+    mov_rr(a, S0, RAX);
+    load_pins(a, c);
+    put_insn(a, 0, false, 0, 0xff, 4, rm_reg(S0), 0);
 }
 
 void jit_thunks(struct cpu *c, struct jit *j)
@@ -124,14 +130,11 @@ void jit_thunks(struct cpu *c, struct jit *j)
     }
     put_insn(&a, 0, true, 0, 0x83, 5, rm_reg(RSP), 1);
     put1(&a, 8);
-    mov_rr(&a, S0, RDI);
-    load_pins(&a, c);
-    put_insn(&a, 0, false, 0, 0xff, 4, rm_reg(S0), 0);
+    mov_rr(&a, RAX, RDI);
+    go_on(&a, c);
 
     j->exit_rip = run_address(&a); /* c->rip is set */
     save_pins(&a, c);
-    put_insn(&a, 0, false, 0, 0x31, RAX, rm_reg(RAX), 0);
-    epilogue(&a);
     const uint8_t *left = run_address(&a); /* registers are saved already */
     put_insn(&a, 0, false, 0, 0x31, RAX, rm_reg(RAX), 0);
     epilogue(&a);
@@ -140,25 +143,44 @@ void jit_thunks(struct cpu *c, struct jit *j)
     mov_rr(&a, RAX, S0);
     epilogue(&a);
 
-    j->helper = run_address(&a); /* S0: the micro-op, 8 bytes before it the block's offset in its page */
+    j->prove = run_address(&a); /* S0: a link whose proof is out of date */
+    save_pins(&a, c);
+    mov_rr(&a, RBX, S0);
+    mov_rr(&a, RSI, S0);
+    call_c(&a, c, (uintptr_t)jit_prove);
+    uint8_t *not_proved = jcc32(&a, COND_Z);
+    go_on(&a, c);
+    set_target(not_proved, a.delta, run_address(&a));
+    mov_rr(&a, RAX, RBX);
+    epilogue(&a);
+
+    j->find = run_address(&a); /* c->rip is set: an indirect jump that the target table does not know */
+    save_pins(&a, c);
+    call_c(&a, c, (uintptr_t)jit_find);
+    set_target(jcc32(&a, COND_Z), a.delta, left);
+    go_on(&a, c);
+
+    /* S0: the micro-op, 8 bytes before it the block's offset in its page. Called: mostly it comes back. */
+    j->helper = run_address(&a);
     save_pins(&a, c);
     mov_load(&a, RAX, rm_mem(S0, -8));
     put_insn(&a, 0, true, 0, 0x03, RAX, rm_abs(&c->jit.page), 0);
     mov_store(&a, rm_abs(&c->bip), RAX);
-    lea(&a, true, RDI, rm_abs(c));
     mov_rr(&a, RSI, S0);
+    mov_load(&a, RDX, rm_mem(RSP, 0));
     alu_imm(&a, true, 5, rm_reg(RSP), 8);
-    put1(&a, 0x48);
-    put1(&a, 0xb8); /* MOV RAX, imm64 */
-    put8(&a, (uintptr_t)jit_call);
-    put_insn(&a, 0, false, 0, 0xff, 2, rm_reg(RAX), 0);
-    alu_imm(&a, true, 0, rm_reg(RSP), 8);
-    put_insn(&a, 0, true, 0, 0x85, RAX, rm_reg(RAX), 0);
+    call_c(&a, c, (uintptr_t)jit_call);
+    lea(&a, true, RSP, rm_mem(RSP, 8));
     uint8_t *gone = jcc32(&a, COND_Z);
+    put_insn(&a, 0, true, 0, 0x3b, RAX, rm_mem(RSP, 0), 0);
+    uint8_t *elsewhere = jcc32(&a, COND_NZ);
     load_pins(&a, c);
     put1(&a, 0xc3);
+    set_target(elsewhere, a.delta, run_address(&a));
+    lea(&a, true, RSP, rm_mem(RSP, 8)); /* the return address */
+    go_on(&a, c);
     set_target(gone, a.delta, run_address(&a));
-    alu_imm(&a, true, 0, rm_reg(RSP), 8); /* the return address */
+    lea(&a, true, RSP, rm_mem(RSP, 8));
     jump_to(&a, left);
     j->first_hot = j->hot = (size_t)(a.p - j->write + 63) & ~63ull;
     j->first_cold = j->cold = HOT_SIZE;

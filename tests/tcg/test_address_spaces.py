@@ -269,7 +269,9 @@ def test_host_has_four_levels_unless_asked(backend):
     bit, width, *results = lab.run(backend, LINEAR)
     assert (bit, width) == (0, 48)
     assert results[:3] == [GP, NONE, GP]
-    assert results[4:] == [GP, GP, PF, GP, NONE]
+    assert results[4:7] == [GP, GP, PF]
+    # The kernel's KVM may let WRMSR have the width of the processor below it, whatever CPUID tells the guest.
+    assert results[7:] == [GP, NONE] or (backend == "kvm" and results[7:] == [NONE, GP])
 
 
 class Wide(lab.Lab):
