@@ -342,6 +342,23 @@ struct block *block_peek(struct cpu *c)
     return NULL;
 }
 
+struct block *block_at(struct cpu *c, uint64_t lin)
+{
+    struct page_info page;
+    uint64_t gpa;
+    bool writable, user;
+    if (!cpu_translate(c, lin, &gpa, &writable, &user))
+        return NULL;
+    tcg_phys_to_host(c->vm, gpa & PAGE_MASK_4K, &page);
+    if (!page.host)
+        return NULL;
+    uint8_t *host = page.host + (gpa & 0xfff);
+    for (struct block *b = c->cache->hash[hash_of(host, c->mode)]; b; b = b->hash_next)
+        if (b->host == host && b->mode == c->mode && !b->dead)
+            return b;
+    return NULL;
+}
+
 void block_connect(struct cpu *c, struct link *link, struct block *to)
 {
     if (to->host2 || link->to || link->from->dead || to->dead || link->from->mode != to->mode || to->mode & (MODE_STEP | MODE_LIMIT))

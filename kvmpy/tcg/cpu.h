@@ -387,6 +387,10 @@ static inline bool cpu_canonical_base(const struct cpu *c, uint64_t a)
 /* KVM_TRANSLATE: no side effects. Returns false when not mapped. */
 bool cpu_translate(struct cpu *c, uint64_t linear, uint64_t *gpa, bool *writable, bool *user);
 
+/* For a profiler (profile.h): on or off; the requests beyond KVM's, ENOTTY for others. */
+long cpu_profile(struct cpu *c, bool on);
+long cpu_profile_ioctl(struct cpu *c, unsigned long request, void *p);
+
 void cpu_flush_tlb(struct cpu *c);         /* own thread or not running */
 void cpu_flush_code(struct cpu *c);
 /* any thread: */

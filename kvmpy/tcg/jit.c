@@ -95,6 +95,7 @@ void jit_free(struct cpu *c)
         return;
     jit_unmap(j);
     free(j->target);
+    free(j->calls);
     free(j);
     c->jit.state = NULL;
 }

@@ -417,7 +417,8 @@ bool jit_compile(struct cpu *c, struct block *b)
     e.bytes = bytes;
     e.start = (uint32_t)(b->gpa & 0xfff);
     e.flags = IN_CC;
-    e.jb = jit_data(j, sizeof *e.jb);
+    e.jb = jit_data(j, sizeof *e.jb + (j->calls ? n * sizeof e.jb->at[0] : 0));
+    e.jb->mapped = j->calls;
     e.jb->block = b;
     e.jb->entry = run_address(&e.a);
     e.jb->flags_in = live;
@@ -425,6 +426,8 @@ bool jit_compile(struct cpu *c, struct block *b)
     unsigned done = 0;
     for (; done < n && !end; done++) {
         const struct decoded *i = &d[done];
+        if (e.jb->mapped)
+            e.jb->at[done] = (uint16_t)(e.a.p - (j->write + j->hot));
         bool sti = i->uop.fn == op_sti;
         end = i->end || (sti && done + 1 == n); /* STI at the end: its shadow is the interpreter's business */
         e.shadow = done && d[done - 1].uop.fn == op_sti;

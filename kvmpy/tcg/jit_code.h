@@ -40,6 +40,8 @@ struct jit_block {
     struct target *cached;   /* the entry of the target table that names this block */
     bool cached_often;       /* more than one does: look through the table */
     bool flags_in;           /* flags that hold at entry may be seen */
+    bool mapped;             /* at[] says where the code of each instruction begins (jit_profile.c) */
+    uint16_t at[];
 };
 
 struct jit {
@@ -63,6 +65,8 @@ struct jit {
     unsigned next_victim;
     bool kernel_local;       /* a page that is not global has been proved for the kernel */
     uint64_t pages[64];      /* filter of pages that have been proved */
+    uint64_t (*calls)[2];    /* of handlers by row, from hot and from cold code; NULL: nobody asked (jit_profile.c) */
+    uint8_t *helper_half;    /* where the helper thunk names its C half */
 };
 enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */,
        JIT_PERF = 32, /* on, not off: tell perf of the code */

@@ -129,7 +129,8 @@ ATTRIBUTES = (
 #            copyr: only read, copyw: only written; elsewhere it is read
 #   fixed    the same opcode, operands are implied
 #   x87      the same opcode on the host's x87 unit; a memory operand is read, x87w: written; x87c: a control
-#            instruction, which leaves the pointers to the last instruction alone and writes memory, if any; x87cw: FLDCW
+#            instruction, which leaves the pointers to the last instruction alone and writes memory, if any
+#   x87cw    FLDCW
 JIT_CLASSES = (
     *("none", "copy", "copyr", "copyw", "fixed", "lea", "push", "pop", "leave", "nop", "xchgax", "div", "bitreg"),
     *("jcc", "jmp", "call", "jmpind", "callind", "ret", "loop", "vec", "vzeroupper"),
