@@ -79,7 +79,8 @@ def test_host_code_beside_the_guests_and_calls_of_handlers(monkeypatch):
     block = next(block for block in profile.blocks.values() if block.host)
     assert len(block.host) == len([line for line in block.disassembly() if line.startswith("0x")])
     text = "\n".join(block.disassembly())
-    assert "budget" in text and "handler" in profile.report()
+    assert "micro-op cpuid" in text or "budget" in text  # the block of CPUID, or of the branch behind it
+    assert "handlers called by host code" in profile.report()
 
 
 def test_one_profiler_at_a_time(backend):
