@@ -54,7 +54,7 @@ static uint64_t host_features(unsigned word)
 static unsigned switched_off(const char *words)
 {
     static const struct { const char *name; unsigned bit; } names[] = {
-        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"perf", JIT_PERF}, {"nox87", JIT_NO_X87},
+        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"nogroups", JIT_NO_GROUPS}, {"perf", JIT_PERF}, {"nox87", JIT_NO_X87},
     };
     unsigned bits = 0;
     for (unsigned i = 0; words && i < sizeof names / sizeof names[0]; i++)

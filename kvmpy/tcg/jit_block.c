@@ -216,18 +216,29 @@ static void poll_or_leave(struct emit *e, uint32_t offset)
     e->leave[e->nleave++] = (struct leave){out[1], offset, {0}};
 }
 
+/* Here the slow path of a terminator's access comes back: its own, or that of a group which ends with it. */
+static struct slow *part_ends(struct emit *e, const struct decoded *d, struct slow *s, uop_fn part)
+{
+    if (!s) {
+        s = e->group;
+        jit_group_end(e, d - e->group_last, part);
+    } else {
+        s->uop = jit_copy_uop(e, d, part);
+        s->resume = run_address(&e->a);
+    }
+    return s;
+}
+
 /* Stores the address `behind` (offset in the page) on the stack. */
 static void push_return(struct emit *e, const struct decoded *d, uint32_t behind)
 {
-    struct slow *s = jit_new_slow(e);
+    struct slow *s = jit_begin_access(e);
     struct rm m = jit_probe(e, GUEST_SP, -8, 8, true, s);
     mov_load(&e->a, S1, FIELD(e, jit.page));
     lea(&e->a, true, S1, rm_mem(S1, (int32_t)behind));
     mov_store(&e->a, m, S1);
     lea(&e->a, true, GUEST_SP, rm_mem(GUEST_SP, -8));
-    s->uop = jit_copy_uop(e, d, op_jit_push);
-    s->resume = run_address(&e->a);
-    s->return_offset = behind;
+    part_ends(e, d, s, op_jit_push)->return_offset = behind;
 }
 
 /* Loads the target of an indirect branch into S0. */
@@ -244,12 +255,11 @@ static bool indirect_target(struct emit *e, const struct decoded *d)
             mov_rr(&e->a, S0, host_reg(guest));
         return true;
     }
-    struct slow *s = jit_new_slow(e);
+    struct slow *s = jit_begin_access(e);
     struct rm m = jit_operand(e, d, 8, false, s, false);
     mov_load(&e->a, S0, m);
     mov_store(&e->a, FIELD(e, scratch[1]), S0);
-    s->uop = jit_copy_uop(e, d, op_jit_load);
-    s->resume = run_address(&e->a);
+    part_ends(e, d, s, op_jit_load);
     mov_load(&e->a, S0, FIELD(e, scratch[1]));
     return true;
 }
@@ -265,7 +275,7 @@ static bool terminator(struct emit *e, const struct decoded *d)
         if (d->cond == 0xff)
             return false;
         if (!(e->flags & IN_EFLAGS))
-            jit_restore_flags(&e->a, e, S0);
+            jit_restore_flags(&e->a, e);
         e->flags |= IN_EFLAGS;
         branch(e, d->cond, target, next);
         return true;
@@ -308,12 +318,11 @@ static bool terminator(struct emit *e, const struct decoded *d)
             return false;
         jit_need_cc(e);
         poll_or_leave(e, at);
-        struct slow *s = jit_new_slow(e);
+        struct slow *s = jit_begin_access(e);
         struct rm m = jit_probe(e, GUEST_SP, 0, 8, false, s);
         mov_load(&e->a, S0, m);
-        s->uop = jit_copy_uop(e, d, op_jit_top);
         uint8_t *over = jmp32(&e->a);
-        s->resume = run_address(&e->a);
+        part_ends(e, d, s, op_jit_top);
         mov_load(&e->a, S0, FIELD(e, scratch[1]));
         set_target(over, e->a.delta, run_address(&e->a));
         go_indirect(e, 8 + (int32_t)(uint16_t)(r->operand[0] ? d->uop.imm : 0), false, at);
@@ -375,7 +384,7 @@ static void slow_paths(struct emit *e)
         call_to(k, e->j->helper);
         jit_reload(k, e, s->reload);
         if (s->restore)
-            jit_restore_flags(k, e, S0);
+            jit_restore_flags(k, e);
         jump_to(k, s->resume);
     }
     for (unsigned i = 0; i < e->nleave; i++) {
@@ -385,6 +394,61 @@ static void slow_paths(struct emit *e)
         put1(k, 1);
         leave_at(k, e, e->leave[i].offset);
     }
+}
+
+/* False: nothing here for the JIT, or, with e->group, a group was wrong about an instruction. */
+static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const struct decoded *d, const uint8_t *bytes, const uint8_t *observed,
+                       uint8_t flags_in, bool no_groups)
+{
+    struct jit *j = c->jit.state;
+    unsigned n = b->ninsn, done = 0;
+    bool end = false;
+
+    memset(e, 0, offsetof(struct emit, slow));
+    e->a = (struct place_of_code){j->write + j->hot, j->run - j->write};
+    e->k = (struct place_of_code){j->write + j->cold, j->run - j->write};
+    e->c = c;
+    e->j = j;
+    e->b = b;
+    e->bytes = bytes;
+    e->start = (uint32_t)(b->gpa & 0xfff);
+    e->flags = IN_CC;
+    e->no_groups = no_groups || j->off & JIT_NO_GROUPS;
+    e->jb = jit_data(j, sizeof *e->jb + (j->calls ? n * sizeof e->jb->at[0] : 0));
+    e->jb->mapped = j->calls;
+    e->jb->block = b;
+    e->jb->entry = run_address(&e->a);
+    e->jb->flags_in = flags_in;
+    for (; done < n && !end; done++) {
+        const struct decoded *i = &d[done];
+        if (e->jb->mapped)
+            e->jb->at[done] = (uint16_t)(e->a.p - (j->write + j->hot));
+        bool sti = i->uop.fn == op_sti;
+        end = i->end || (sti && done + 1 == n); /* STI at the end: its shadow is the interpreter's business */
+        e->shadow = done && d[done - 1].uop.fn == op_sti;
+        if (!e->group)
+            jit_group_begin(e, d, done, n);
+        if (end && !sti ? terminator(e, i) : jit_insn(e, i, observed[done])) {
+            if (e->group && e->group_last == done)
+                jit_group_end(e, d, NULL);
+            continue;
+        }
+        if (e->group)
+            return false;
+        if (end && i->row && (sti || i->row->jit != JIT_NONE || i->row->attrs & (OPA_LINK1 | OPA_LINK2))) {
+            if (!done)
+                return false;
+            jit_need_cc(e);
+            jit_flush_vectors(e);
+            leave_at(&e->a, e, e->start + i->uop.off);
+            continue;
+        }
+        jit_helper(e, i);
+    }
+    jit_flush_vectors(e);
+    if (!end)
+        go(e, &e->a, 0, b->bytes);
+    return e->helpers * 2 <= n || j->off & JIT_ALL; /* else the interpreter goes from handler to handler faster */
 }
 
 bool jit_compile(struct cpu *c, struct block *b)
@@ -407,50 +471,13 @@ bool jit_compile(struct cpu *c, struct block *b)
         live = d[i].barrier || helper ? 0x3f : (uint8_t)((live & ~d[i].flags_written) | d[i].flags_read);
     }
 
-    memset(&e, 0, offsetof(struct emit, slow));
     size_t used = j->used;
-    e.a = (struct place_of_code){j->write + j->hot, j->run - j->write};
-    e.k = (struct place_of_code){j->write + j->cold, j->run - j->write};
-    e.c = c;
-    e.j = j;
-    e.b = b;
-    e.bytes = bytes;
-    e.start = (uint32_t)(b->gpa & 0xfff);
-    e.flags = IN_CC;
-    e.jb = jit_data(j, sizeof *e.jb + (j->calls ? n * sizeof e.jb->at[0] : 0));
-    e.jb->mapped = j->calls;
-    e.jb->block = b;
-    e.jb->entry = run_address(&e.a);
-    e.jb->flags_in = live;
-    bool end = false;
-    unsigned done = 0;
-    for (; done < n && !end; done++) {
-        const struct decoded *i = &d[done];
-        if (e.jb->mapped)
-            e.jb->at[done] = (uint16_t)(e.a.p - (j->write + j->hot));
-        bool sti = i->uop.fn == op_sti;
-        end = i->end || (sti && done + 1 == n); /* STI at the end: its shadow is the interpreter's business */
-        e.shadow = done && d[done - 1].uop.fn == op_sti;
-        if (end && !sti ? terminator(&e, i) : jit_insn(&e, i, observed[done]))
-            continue;
-        if (end && i->row && (sti || i->row->jit != JIT_NONE || i->row->attrs & (OPA_LINK1 | OPA_LINK2))) {
-            if (!done) {
-                j->used = used;
-                return false; /* nothing here for the JIT */
-            }
-            jit_need_cc(&e);
-            jit_flush_vectors(&e);
-            leave_at(&e.a, &e, e.start + i->uop.off);
-            continue;
-        }
-        jit_helper(&e, i);
-    }
-    jit_flush_vectors(&e);
-    if (!end)
-        go(&e, &e.a, 0, b->bytes);
-    if (e.helpers * 2 > n && !(j->off & JIT_ALL)) { /* the interpreter goes from handler to handler faster than that */
+    if (!emit_block(&e, c, b, d, bytes, observed, live, false)) {
         j->used = used;
-        return false;
+        if (!e.group || !emit_block(&e, c, b, d, bytes, observed, live, true)) {
+            j->used = used;
+            return false;
+        }
     }
     slow_paths(&e);
     e.jb->hot_bytes = (uint32_t)(e.a.p - (j->write + j->hot));

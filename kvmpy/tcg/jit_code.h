@@ -69,8 +69,8 @@ struct jit {
     uint8_t *helper_half;    /* where the helper thunk names its C half */
 };
 enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */,
-       JIT_PERF = 32, /* on, not off: tell perf of the code */
-       JIT_NO_X87 = 64 };
+       JIT_NO_GROUPS = 64, JIT_PERF = 32, /* on, not off: tell perf of the code */
+       JIT_NO_X87 = 128 };
 
 bool jit_map(struct cpu *c, struct jit *j);
 void jit_unmap(struct jit *j);
@@ -117,6 +117,9 @@ struct emit {
     uint32_t start;          /* of the block, in its page */
     unsigned flags;          /* IN_* */
     unsigned nslow, nleave, helpers;
+    struct slow *group;      /* S0 holds the addend for accesses of this group; NULL: there is none (jit_group.c) */
+    unsigned group_first, group_last; /* instructions */
+    bool no_groups;
     unsigned aligned;        /* of the next probe: 16 or 32; 0: it need not be */
     struct vectors held, dirty; /* guest vector registers in host registers of the same number; those not yet in c->v */
     bool masked;             /* MXCSR has been looked at: all exceptions are masked */
@@ -138,22 +141,36 @@ void *jit_data(struct jit *j, size_t size); /* NULL: full */
 bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed);
 void jit_helper(struct emit *e, const struct decoded *d);
 void jit_save_flags(struct place_of_code *a, struct emit *e);
-void jit_restore_flags(struct place_of_code *a, struct emit *e, unsigned tmp);
+void jit_restore_flags(struct place_of_code *a, struct emit *e);
 /* Micro-op of a slow path or helper call; fn NULL: its own */
 const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn);
 /* Proves an access of `size` bytes at host register `base` + disp and gives the operand. Clobbers S0, S1, EFLAGS. */
 struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s);
 struct rm jit_operand(struct emit *e, const struct decoded *d, unsigned size, bool write, struct slow *s, bool want_s1);
 bool jit_can_address(const struct emit *e, const struct decoded *d);
+struct slow *jit_new_slow(struct emit *e);
+/* Flags are safe, and there is a slow path for a probe; NULL: the group's probe has been made. */
+struct slow *jit_begin_access(struct emit *e);
 void jit_resume(struct emit *e, const struct decoded *d, struct slow *s); /* its slow path comes back here */
+struct operands {
+    int reg, rm, opcode, vvvv; /* guest registers by place in the encoding, -1: none */
+    bool high_reg, high_rm, byte, mem_first;
+    unsigned mem_size;
+};
+void jit_find_operands(const struct decoded *d, struct operands *o);
+unsigned jit_count_homed(const struct operands *o);
+bool jit_copy_access(const struct decoded *d, unsigned *size, bool *write); /* as JIT_COPY does; false: it would not */
 void jit_need_cc(struct emit *e);
-void jit_need_eflags(struct emit *e, unsigned tmp);
+void jit_need_eflags(struct emit *e);
 /* The address within its segment into dst; `other` is used only when base and index both live in memory. */
 void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned other);
 void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset);
-struct slow *jit_new_slow(struct emit *e);
 void jit_slow_if(struct emit *e, struct slow *s, unsigned cond);
+/* jit_group.c. `part`: the handler of the part of the last instruction that belongs to the group; NULL: all of it */
+bool jit_group_begin(struct emit *e, const struct decoded *d, unsigned at, unsigned n);
+void jit_group_end(struct emit *e, const struct decoded *d, uop_fn part);
 /* jit_vec.c */
+bool jit_vector_access(const struct emit *e, const struct decoded *d, unsigned *size, bool *write);
 bool jit_vector(struct emit *e, const struct decoded *d);
 void jit_flush_vectors(struct emit *e);  /* to c->v; none is held afterwards */
 void jit_spill(struct place_of_code *a, struct emit *e, struct vectors v);

@@ -13,24 +13,24 @@ _Static_assert(sizeof(struct tlb_entry) == 32, "the probe computes an entry's pl
 
 /* ---- flags ---- */
 
-/* LAHF and SETO make c->cc's format. S0 is clobbered, EFLAGS stay. */
+/* LAHF and SETO make c->cc's format. S1 is clobbered, EFLAGS stay. */
 void jit_save_flags(struct place_of_code *a, struct emit *e)
 {
-    mov_rr(a, S0, RAX);
+    mov_rr(a, S1, RAX);
     put1(a, 0x9f);
     put_insn(a, 0, false, 1, 0x90, 0, rm_reg(RAX), 0);
     put_insn(a, P_66, false, 0, 0x89, RAX, rm_abs(&e->c->cc), 0);
-    mov_rr(a, RAX, S0);
+    mov_rr(a, RAX, S1);
 }
 
-void jit_restore_flags(struct place_of_code *a, struct emit *e, unsigned tmp)
+void jit_restore_flags(struct place_of_code *a, struct emit *e)
 {
-    mov_rr(a, tmp, RAX);
+    mov_rr(a, S1, RAX);
     put_insn(a, 0, false, 1, 0xb7, RAX, rm_abs(&e->c->cc), 0);
     put1(a, 0x04); /* ADD AL, 127 makes OF of bit 0 */
     put1(a, 127);
     put1(a, 0x9e);
-    mov_rr(a, RAX, tmp);
+    mov_rr(a, RAX, S1);
 }
 
 void jit_need_cc(struct emit *e)
@@ -39,10 +39,10 @@ void jit_need_cc(struct emit *e)
         jit_save_flags(&e->a, e);
     e->flags |= IN_CC;
 }
-void jit_need_eflags(struct emit *e, unsigned tmp)
+void jit_need_eflags(struct emit *e)
 {
     if (!(e->flags & IN_EFLAGS))
-        jit_restore_flags(&e->a, e, tmp);
+        jit_restore_flags(&e->a, e);
     e->flags |= IN_EFLAGS;
 }
 
@@ -86,11 +86,21 @@ struct slow *jit_new_slow(struct emit *e)
     return s;
 }
 
+struct slow *jit_begin_access(struct emit *e)
+{
+    if (e->group)
+        return NULL;
+    jit_need_cc(e);
+    return jit_new_slow(e);
+}
+
 void jit_slow_if(struct emit *e, struct slow *s, unsigned cond) { s->site[s->sites++] = jcc32(&e->a, cond); }
 
 /* The slow path of an instruction ends here. */
 void jit_resume(struct emit *e, const struct decoded *d, struct slow *s)
 {
+    if (!s) /* the group's */
+        return;
     s->uop = jit_copy_uop(e, d, NULL);
     s->resume = run_address(&e->a);
     s->restore = e->flags & IN_EFLAGS;
@@ -170,6 +180,8 @@ static void look_up(struct emit *e, bool write, struct slow *s)
 
 struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s)
 {
+    if (e->group)
+        return rm_sib(base, S0, 0, disp);
     lea(&e->a, true, S1, rm_mem(base, disp + (e->aligned ? 0 : (int32_t)size - 1)));
     lea(&e->a, false, S0, rm_mem(base, disp));
     look_up(e, write, s);
@@ -236,13 +248,7 @@ static void flags_made(struct emit *e, const struct decoded *d)
         jit_need_cc(e);
 }
 
-struct operands {
-    int reg, rm, opcode, vvvv; /* guest registers by place in the encoding, -1: none */
-    bool high_reg, high_rm, byte, mem_first;
-    unsigned mem_size;
-};
-
-static void find_operands(const struct decoded *d, struct operands *o)
+void jit_find_operands(const struct decoded *d, struct operands *o)
 {
     const uint8_t slot[4] = {d->uop.d, d->uop.s, d->uop.x, 0};
     *o = (struct operands){.reg = -1, .rm = -1, .opcode = -1, .vvvv = -1};
@@ -286,7 +292,7 @@ static void give_back(struct emit *e, int guest, unsigned r)
     if (guest >= 0 && homed((unsigned)guest))
         mov_store(&e->a, rm_abs(&e->c->gpr[guest]), r);
 }
-static unsigned count_homed(const struct operands *o)
+unsigned jit_count_homed(const struct operands *o)
 {
     const int all[4] = {o->reg, o->rm, o->opcode, o->vvvv};
     unsigned seen = 0;
@@ -296,20 +302,29 @@ static unsigned count_homed(const struct operands *o)
     return (unsigned)__builtin_popcount(seen);
 }
 
+bool jit_copy_access(const struct decoded *d, unsigned *size, bool *write)
+{
+    struct operands o;
+    jit_find_operands(d, &o);
+    *size = o.mem_size;
+    *write = o.mem_first && d->row->jit != JIT_COPYR;
+    return jit_count_homed(&o) < 2 && o.mem_size && !o.high_reg;
+}
+
 static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
 {
     const struct oprow *r = d->row;
     struct operands o;
-    find_operands(d, &o);
-    bool mem = d->enc.mem, high = o.high_reg || o.high_rm;
-    unsigned nhomed = count_homed(&o);
+    jit_find_operands(d, &o);
+    bool mem = d->enc.mem, high = o.high_reg || o.high_rm, write;
+    unsigned nhomed = jit_count_homed(&o), size;
     if (d->enc.map == 1 && (d->enc.opcode & 0xf8) == 0xc8 && d->enc.osize == 2)
         return false; /* BSWAP of 16 bits is undefined: as the interpreter does */
-    if (mem ? !jit_can_address(e, d) || nhomed > 1 || !o.mem_size : nhomed > 2)
+    if (mem ? !jit_can_address(e, d) || !jit_copy_access(d, &size, &write) : nhomed > 2)
         return false;
     if (high) { /* AH to BH exist only without REX */
         const int low[2] = {o.high_reg ? -1 : o.reg, o.high_rm ? -1 : o.rm};
-        if (mem || nhomed)
+        if (nhomed)
             return false;
         for (unsigned i = 0; i < 2; i++)
             if (low[i] >= 0 && (low[i] >= 8 || low[i] == RSP))
@@ -317,19 +332,17 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
         if (wide(d))
             return false;
     }
-    if (mem)
-        jit_need_cc(e);
     bool eflags = wants_eflags(d, observed);
     if (!mem && eflags)
-        jit_need_eflags(e, S0);
+        jit_need_eflags(e);
     struct slow *s = NULL;
     struct rm rm = {0};
     struct scratch scratch = {.used = 0};
     if (mem) {
-        s = jit_new_slow(e);
-        rm = jit_operand(e, d, o.mem_size, o.mem_first && r->jit != JIT_COPYR, s, nhomed > 0 || eflags);
+        s = jit_begin_access(e);
+        rm = jit_operand(e, d, size, write, s, nhomed > 0 || eflags);
         if (eflags)
-            jit_need_eflags(e, S1);
+            jit_need_eflags(e);
     } else if (o.rm >= 0) {
         rm = rm_reg(o.high_rm ? (unsigned)o.rm + 4 : fetch(e, o.rm, &scratch));
     }
@@ -368,7 +381,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
 static bool fixed(struct emit *e, const struct decoded *d, uint8_t observed)
 {
     if (wants_eflags(d, observed))
-        jit_need_eflags(e, S0);
+        jit_need_eflags(e);
     if (prefixes(d) & P_66)
         put1(&e->a, 0x66);
     if (wide(d))
@@ -410,8 +423,7 @@ static bool push(struct emit *e, const struct decoded *d)
     bool imm = (d->row->operand[0] & 0xff) == 'I';
     if (d->enc.osize != 8)
         return false;
-    jit_need_cc(e);
-    struct slow *s = jit_new_slow(e);
+    struct slow *s = jit_begin_access(e);
     struct rm m = jit_probe(e, GUEST_SP, -8, 8, true, s);
     if (imm) {
         put_insn(&e->a, 0, true, 0, 0xc7, 0, m, 4);
@@ -430,8 +442,7 @@ static bool pop(struct emit *e, const struct decoded *d)
     unsigned guest = guest_of(d->uop.d), dst = homed(guest) ? S1 : host_reg(guest);
     if (d->enc.osize != 8)
         return false;
-    jit_need_cc(e);
-    struct slow *s = jit_new_slow(e);
+    struct slow *s = jit_begin_access(e);
     struct rm m = jit_probe(e, GUEST_SP, 0, 8, false, s);
     mov_load(&e->a, dst, m);
     if (guest != RSP)
@@ -445,8 +456,7 @@ static bool leave(struct emit *e, const struct decoded *d)
 {
     if (d->enc.osize != 8)
         return false;
-    jit_need_cc(e);
-    struct slow *s = jit_new_slow(e);
+    struct slow *s = jit_begin_access(e);
     struct rm m = jit_probe(e, RBP, 0, 8, false, s);
     mov_load(&e->a, S1, m);
     lea(&e->a, true, GUEST_SP, rm_mem(RBP, 8));
@@ -462,7 +472,7 @@ static bool divide(struct emit *e, const struct decoded *d)
     struct operands o;
     bool w = d->enc.osize == 8, sign = d->row->digit == 7;
     struct place_of_code *a = &e->a;
-    find_operands(d, &o);
+    jit_find_operands(d, &o);
     if (d->row->size != 1 || d->enc.osize == 2 || (d->enc.mem && !jit_can_address(e, d)))
         return false;
     jit_need_cc(e);

@@ -146,6 +146,15 @@ static bool shape_of(const struct emit *e, const struct decoded *d, struct shape
     return !(s->gpr_reg && homed((unsigned)s->reg)) && !(s->gpr_rm && s->rm >= 0 && homed((unsigned)s->rm));
 }
 
+bool jit_vector_access(const struct emit *e, const struct decoded *d, unsigned *size, bool *write)
+{
+    struct shape s;
+    unsigned kind = d->row->operand[0] & 0xff;
+    *size = memory_size(d);
+    *write = kind == 'W' || kind == 'M' || kind == 'E';
+    return !(e->j->off & JIT_NO_VECTORS) && !(d->row->vec & VEC_ALIGNED) && shape_of(e, d, &s);
+}
+
 bool jit_vector(struct emit *e, const struct decoded *d)
 {
     const struct oprow *r = d->row;
@@ -165,7 +174,7 @@ bool jit_vector(struct emit *e, const struct decoded *d)
     bool fresh = vex ? !(r->vec & VEC_READS) : r->vec & VEC_FRESH || (r->vec & VEC_FRESH_LOAD && d->enc.mem);
     if (r->vec & VEC_FP)
         need_masked(e, d);
-    if (d->enc.mem)
+    if (d->enc.mem && !e->group)
         jit_need_cc(e);
     const int vectors[3] = {s.gpr_reg ? -1 : s.reg, s.gpr_rm ? -1 : s.rm, s.vvvv};
     const unsigned of[3] = {'V', 'W', 'H'};
@@ -181,7 +190,7 @@ bool jit_vector(struct emit *e, const struct decoded *d)
     struct slow *slow = NULL;
     struct rm rm = rm_reg(s.rm >= 0 ? (s.gpr_rm ? host_reg((unsigned)s.rm) : (unsigned)s.rm) : 0);
     if (d->enc.mem) {
-        slow = jit_new_slow(e);
+        slow = jit_begin_access(e);
         e->aligned = r->vec & VEC_ALIGNED ? size : 0;
         rm = jit_operand(e, d, size, store, slow, false);
         e->aligned = 0;

@@ -83,9 +83,9 @@ void jit_store_fip(struct place_of_code *a, struct emit *e, unsigned fip)
 {
     if (!fip)
         return;
-    mov_load(a, S0, FIELD(e, jit.page));
-    lea(a, true, S0, rm_mem(S0, (int32_t)fip - 1));
-    mov_store(a, FIELD(e, fpu.fip), S0);
+    mov_load(a, S1, FIELD(e, jit.page));
+    lea(a, true, S1, rm_mem(S1, (int32_t)fip - 1));
+    mov_store(a, FIELD(e, fpu.fip), S1);
     store_flag(a, (uint8_t *)&e->c->jit.x87.fip_written, 1);
 }
 
@@ -150,7 +150,7 @@ bool jit_x87(struct emit *e, const struct decoded *d)
     }
     if (!d->enc.mem) {
         if (d->flags_read)
-            jit_need_eflags(e, S0);
+            jit_need_eflags(e);
         put1(&e->a, d->enc.opcode);
         if (r->modrm)
             put1(&e->a, d->enc.modrm);

@@ -1,20 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Sequences of random instructions in a loop, on the interpreter and on the JIT: registers of all kinds, flags, memory
- * and the place where they stop must be the same. Faults are welcome: they show whether state is exact in the middle of a block.
+ * and the place where they stop must be the same. Faults are welcome: they show whether state is exact in the middle
+ * of a block.
  *
- *     sequences SEED ROUNDS < cases        cases: 24-byte records of instructions.py
+ *     sequences SEED ROUNDS [FIRST] < cases    cases: 24-byte records of instructions.py
  */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/time.h>
 
 #include "../../../kvmpy/tcg/cpu.h"
 
 #define DATA 0x10000000ull
 #define DATA_SIZE 8192
 #define RAM 0x20000u
-#define COUNTER (DATA + 0x1f00)
+#define COUNTER (DATA + 0x80)
 
 struct record {
     uint8_t len, bytes[15];
@@ -126,6 +129,14 @@ static struct cpu *make_cpu(struct tcg_vm_core *vm, const char *kind)
     return c;
 }
 
+/* A sequence may overwrite its own counter, and then it runs for minutes. */
+static struct cpu *running;
+static void tired(int number)
+{
+    (void)number;
+    cpu_request(running, CPU_REQ_EXIT);
+}
+
 static void run(struct cpu *c, const struct start *s, struct outcome *o)
 {
     memcpy(guest_data, s->data, DATA_SIZE);
@@ -151,7 +162,10 @@ static void run(struct cpu *c, const struct start *s, struct outcome *o)
     memcpy(c->v, s->v, sizeof s->v);
     cpu_set_rflags(c, s->flags);
     cpu_update(c);
+    running = c;
+    setitimer(ITIMER_REAL, &(struct itimerval){.it_value.tv_usec = 500000}, NULL);
     o->stop = cpu_run(c);
+    setitimer(ITIMER_REAL, &(struct itimerval){0}, NULL);
     memcpy(o->gpr, c->gpr, sizeof o->gpr);
     o->rip = c->rip;
     o->flags = cpu_rflags(c);
@@ -201,6 +215,40 @@ static void show(const struct outcome *a, const struct outcome *b)
             printf("  %x %02x %02x\n", i, a->ram[i], b->ram[i]);
 }
 
+/* Neighbours that access memory through one base register, moved and used between; `base`: RSP or a low register. */
+static unsigned near_access(uint8_t *p, unsigned base)
+{
+    unsigned r = rnd() & 15, rex = 0x48 | (r >> 3) << 2, modrm = 0x40 | (r & 7) << 3 | (base == RSP ? 4 : base), n = 0;
+    int8_t disp = (int8_t)(rnd() & 3 ? rnd() & 0x38 : rnd());
+    if (r == RSP)
+        r = RAX, modrm &= 0xc7, rex = 0x48;
+    switch (rnd() % (base == RSP ? 12 : 8)) {
+    case 0: case 1: case 2: p[n++] = (uint8_t)rex, p[n++] = 0x8b; break; /* MOV r, [base + disp] */
+    case 3: case 4: p[n++] = (uint8_t)rex, p[n++] = 0x89; break;
+    case 5: p[n++] = (uint8_t)rex, p[n++] = 0x01; break; /* ADD [base + disp], r */
+    case 6: p[n++] = (uint8_t)rex, p[n++] = 0x39; break; /* CMP */
+    case 7: p[n++] = (uint8_t)rex, p[n++] = 0x8d; break; /* LEA: no access */
+    case 8: case 9:
+        if (r >= 8)
+            p[n++] = 0x41;
+        p[n++] = (uint8_t)(0x50 | (r & 7)); /* PUSH r */
+        return n;
+    case 10:
+        if (r >= 8)
+            p[n++] = 0x41;
+        p[n++] = (uint8_t)(0x58 | (r & 7));
+        return n;
+    default: /* ADD or SUB RSP, imm8 */
+        p[n++] = 0x48, p[n++] = 0x83, p[n++] = rnd() & 1 ? 0xc4 : 0xec, p[n++] = (uint8_t)(rnd() & 0x38);
+        return n;
+    }
+    p[n++] = (uint8_t)modrm;
+    if (base == RSP)
+        p[n++] = 0x24;
+    p[n++] = (uint8_t)disp;
+    return n;
+}
+
 int main(int argc, char **argv)
 {
     static struct record list[65536];
@@ -208,7 +256,7 @@ int main(int argc, char **argv)
     static struct outcome a, b;
     static struct start s;
     static uint8_t tables[RAM];
-    unsigned long rounds = argc > 2 ? strtoul(argv[2], NULL, 0) : 1000, bad = 0, faults = 0;
+    unsigned long rounds = argc > 2 ? strtoul(argv[2], NULL, 0) : 1000, first = argc > 3 ? strtoul(argv[3], NULL, 0) : 0, bad = 0, faults = 0;
     size_t all = fread(list, sizeof list[0], 65536, stdin), n = 0;
     for (size_t i = 0; i < all; i++)
         /* A string instruction may run for years from a random RCX. Undefined flags are the handler's or the host's;
@@ -243,7 +291,8 @@ int main(int argc, char **argv)
     ((uint64_t *)(ram + 0x500))[2] = 0x00cf93000000ffff;
 
     memcpy(tables, ram, RAM);
-    for (unsigned long round = 0; n && round < rounds; round++) {
+    signal(SIGALRM, tired);
+    for (unsigned long round = first; n && round < rounds; round++) {
         seed = strtoull(argc > 1 ? argv[1] : "1", NULL, 0) * 1000003 + round;
         uint8_t code[512];
         s.flags = (rnd() & 0x8d5) | 2;
@@ -255,7 +304,12 @@ int main(int argc, char **argv)
         unsigned size = 0, count = 1 + rnd() % 12;
         for (int i = 0; i < 16; i++)
             s.gpr[i] = rnd() & 3 ? DATA + 0x800 + (rnd() & 0x3f0) : interesting();
+        static const uint8_t bases[] = {RSP, RSP, RBX, RBP, RDI};
+        unsigned base = bases[rnd() % 5];
+        bool tight = rnd() & 1; /* most accesses near one base, perhaps across a page or out of memory */
         s.gpr[RSP] = DATA + 0x1c00;
+        if (tight && rnd() & 1)
+            s.gpr[base] = DATA + (rnd() & 3 ? 0x1000 : DATA_SIZE) - (rnd() & 0x78);
         for (int i = 0; i < DATA_SIZE; i += 32) {
             for (int n = 0; n < 32; n += 8) {
                 uint64_t v = interesting();
@@ -269,6 +323,10 @@ int main(int argc, char **argv)
         s.data[COUNTER - DATA] = 3;
         memset(s.data + (COUNTER - DATA) + 1, 0, 7);
         for (unsigned i = 0; i < count; i++) {
+            if (tight && rnd() & 3) {
+                size += near_access(code + size, base);
+                continue;
+            }
             const struct record *r = &list[rnd() % n];
             if (rnd() % 4 == 0) { /* a short branch over it */
                 code[size++] = (uint8_t)(0x70 | (rnd() & 15));
@@ -288,6 +346,8 @@ int main(int argc, char **argv)
         memcpy(pristine + s.rip, code, size);
         run(interp, &s, &a);
         run(jit, &s, &b);
+        if (a.stop == TCG_STOP_CANCEL || b.stop == TCG_STOP_CANCEL)
+            continue;
         faults += a.rip >= 0x4000 && a.rip < 0x4200;
         if (!memcmp(&a, &b, sizeof a))
             continue;
