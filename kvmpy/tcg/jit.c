@@ -81,7 +81,6 @@ void jit_init(struct cpu *c)
     j->off = switched_off(getenv("KVMPY_JIT"));
     j->host_features[0] = host_features(0);
     j->host_features[1] = host_features(1);
-    j->nowhere.gpa2 = ~0ull;
     jit_thunks(c, j);
     c->jit.state = j;
     jit_flush(c);
@@ -367,7 +366,7 @@ void jit_flush(struct cpu *c)
 void jit_new_block(struct cpu *c, struct block *b)
 {
     b->first = b->uops[0].fn;
-    if (!c->jit.state || b->host2 || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
+    if (!c->jit.state || b->crosses || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
         return;
     b->uops[0].fn = op_jit_count;
 }

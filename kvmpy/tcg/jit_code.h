@@ -142,6 +142,9 @@ bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed);
 void jit_helper(struct emit *e, const struct decoded *d);
 void jit_save_flags(struct place_of_code *a, struct emit *e);
 void jit_restore_flags(struct place_of_code *a, struct emit *e);
+/* Micro-ops for the helper thunk: 8 bytes before them the block's offset in its page; behind them a handler alone. */
+struct uop *jit_begin_uops(struct emit *e);
+void jit_end_uops(struct emit *e, struct uop *end);
 /* Micro-op of a slow path or helper call; fn NULL: its own */
 const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn);
 /* Proves an access of `size` bytes at host register `base` + disp and gives the operand. Clobbers S0, S1, EFLAGS. */

@@ -15,8 +15,6 @@
 
 #define SPAN 128 /* bytes from first to last: a group that crosses a page is slow */
 
-OP_DECL(jit_back);
-
 /* A store of the group may have been to the code of the running block. */
 OP(jit_check)
 {
@@ -173,10 +171,7 @@ bool jit_group_begin(struct emit *e, const struct decoded *d, unsigned at, unsig
 void jit_group_end(struct emit *e, const struct decoded *d, uop_fn part)
 {
     struct slow *s = e->group;
-    unsigned count = e->group_last - e->group_first + 1;
-    uint64_t *head = jit_data(e->j, 16 + (3 * count + 2) * sizeof(struct uop));
-    struct uop *u = (struct uop *)(head + 2);
-    head[1] = e->start;
+    struct uop *u = jit_begin_uops(e);
     s->uop = u;
     for (unsigned i = e->group_first; i <= e->group_last; i++) {
         bool last = i == e->group_last;
@@ -193,7 +188,7 @@ void jit_group_end(struct emit *e, const struct decoded *d, uop_fn part)
     }
     if (e->held.x87)
         *u++ = jit_x87_again(d[e->group_last].uop.off + d[e->group_last].uop.len);
-    *u = (struct uop){.fn = op_jit_back, .off = u[-1].off, .base = REG_ZERO, .index = REG_ZERO};
+    jit_end_uops(e, u);
     s->resume = run_address(&e->a);
     s->restore = !part && e->flags & IN_EFLAGS;
     s->reload = e->held;

@@ -48,11 +48,21 @@ void jit_need_eflags(struct emit *e)
 
 /* ---- the interpreter's handlers ---- */
 
+struct uop *jit_begin_uops(struct emit *e)
+{
+    uint64_t *head = (uint64_t *)(e->j->data + e->j->used);
+    *head = e->start;
+    return (struct uop *)(head + 1);
+}
+void jit_end_uops(struct emit *e, struct uop *end)
+{
+    end->fn = op_jit_back;
+    e->j->used = ((size_t)((uint8_t *)(&end->fn + 1) - e->j->data) + 15) & ~15ull;
+}
+
 const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn)
 {
-    uint64_t *head = jit_data(e->j, 16 + 3 * sizeof(struct uop));
-    struct uop *u = (struct uop *)(head + 2), *first = u;
-    head[1] = e->start;
+    struct uop *u = jit_begin_uops(e), *first = u;
     if (d->has_prefix)
         *u++ = d->prefix;
     *u = d->uop;
@@ -60,9 +70,10 @@ const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn f
         u->fn = fn;
         u->len = 0; /* only a part of the instruction */
     }
+    u++;
     if (e->held.x87)
-        *++u = jit_x87_again(d->uop.off + d->uop.len);
-    u[1] = (struct uop){.fn = op_jit_back, .off = d->uop.off, .base = REG_ZERO, .index = REG_ZERO};
+        *u++ = jit_x87_again(d->uop.off + d->uop.len);
+    jit_end_uops(e, u);
     return first;
 }
 
