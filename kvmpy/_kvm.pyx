@@ -15,6 +15,7 @@ from kvmpy._lists cimport get_cpuid, get_indices, get_msrs
 from kvmpy._constants import Cap
 from kvmpy._device import Device
 from kvmpy._stats import Stat, Stats
+from kvmpy._vcpu_state import HostCode
 from kvmpy._vcpu import Vcpu
 from kvmpy._vm import Vm
 from kvmpy.errors import BackendError, KvmError

@@ -2,11 +2,14 @@
 # cython: auto_pickle=False, autotestdict=False, nonecheck=True
 """The state of a vCPU: what KVM_GET_* and KVM_SET_* of a vCPU read and write."""
 
+from errno import E2BIG, ENOENT
+from collections import namedtuple
+
 from libc.stddef cimport size_t
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
 from cpython.bytearray cimport PyByteArray_AS_STRING
 
-from kvmpy._handle cimport Handle
+from kvmpy._handle cimport Handle, error
 from kvmpy._linux_kvm cimport *
 from kvmpy._lists cimport get_cpuid, get_indices, get_msrs, pack, set_msrs
 from kvmpy._structs cimport Struct, resize
@@ -20,6 +23,35 @@ cdef extern from "kvm_compat.h" nogil:
     struct kvm_one_reg:
         uint64_t id
         uint64_t addr
+
+cdef extern from "tcg/profile.h" nogil:
+    enum: KVMPY_CAP_TCG_PROFILE
+    const unsigned long KVMPY_GET_HOST_CODE
+    const unsigned long KVMPY_GET_HOST_NAME
+    const unsigned long KVMPY_GET_HANDLER_CALLS
+    struct kvmpy_host_code:
+        uint64_t address
+        uint64_t buffer
+        uint32_t size
+        uint32_t out_of_line
+        uint64_t host
+        uint32_t guest_bytes
+        uint32_t insns
+        uint16_t at[64]
+    struct kvmpy_host_name:
+        uint64_t address
+        char name[56]
+    struct kvmpy_handler_call:
+        char name[24]
+        uint64_t all
+        uint64_t slow
+    struct kvmpy_handler_calls:
+        uint32_t count
+        kvmpy_handler_call *call
+
+HostCode = namedtuple("HostCode", "address code out_of_line guest_bytes starts", module=__name__)
+HostCode.__doc__ = """Host code of a block: where it runs, its bytes, how many are out of line besides, the bytes of guest code that it is
+of, and where the code of each guest instruction begins (empty when that was not recorded)."""
 
 # Looked up once: these are on hot paths.
 cdef type _Regs = Regs
@@ -289,6 +321,78 @@ cdef class VcpuState(Handle):
         walk = Translation(linear_address=address)
         self.call(KVM_TRANSLATE, <uintptr_t> (<Struct> walk).pointer)
         return walk
+
+    def profile(self, bint on):
+        """Count calls of the interpreter's handlers by host code, and record which instruction host code is of, or stop.
+
+        The software CPU's own (tcg/profile.h).
+        """
+        self.enable(KVM_CAP_ENABLE_CAP, KVMPY_CAP_TCG_PROFILE, (on,), 0)
+
+    def host_code(self, uint64_t address):
+        """The host code of the block at linear `address`: a HostCode, or None where there is none.
+
+        The software CPU's own (tcg/profile.h).
+        """
+        cdef kvmpy_host_code found
+        cdef bytearray room = bytearray(4096)
+        cdef long result
+        self.need(KVMPY_CAP_TCG_PROFILE, KVMPY_GET_HOST_CODE)
+        while True:
+            found.address, found.size = address, <uint32_t> len(room)
+            found.buffer = <uintptr_t> PyByteArray_AS_STRING(room)
+            result = self.try_call(KVMPY_GET_HOST_CODE, <uintptr_t> &found)
+            if result == -ENOENT:
+                return None
+            if result < 0:
+                raise error(result, KVMPY_GET_HOST_CODE)
+            if found.size <= <uint32_t> len(room):
+                break
+            room = bytearray(found.size)
+        starts = tuple([found.at[i] for i in range(min(found.insns, <uint32_t> 64))])
+        return HostCode(found.host, bytes(room[:found.size]), found.out_of_line, found.guest_bytes, starts)
+
+    def host_name(self, uint64_t address):
+        """What an address in host code means, as text; "" where it is nothing known.
+
+        The software CPU's own (tcg/profile.h).
+        """
+        cdef kvmpy_host_name found
+        cdef long result
+        self.need(KVMPY_CAP_TCG_PROFILE, KVMPY_GET_HOST_NAME)
+        found.address = address
+        result = self.try_call(KVMPY_GET_HOST_NAME, <uintptr_t> &found)
+        if result < 0 and result != -ENOENT:
+            raise error(result, KVMPY_GET_HOST_NAME)
+        return found.name.decode() if result == 0 else ""
+
+    def handler_calls(self):
+        """How often host code called handlers since profile(True): name to (as a whole, out of line).
+
+        The software CPU's own (tcg/profile.h).
+        """
+        cdef kvmpy_handler_calls *found
+        cdef kvmpy_handler_call *call
+        cdef bytearray room
+        cdef uint32_t i, count = 256
+        cdef long result = -E2BIG
+        cdef dict calls = {}
+        self.need(KVMPY_CAP_TCG_PROFILE, KVMPY_GET_HANDLER_CALLS)
+        while result == -E2BIG:
+            room = bytearray(sizeof(uint64_t) + count * sizeof(kvmpy_handler_call))
+            found = <kvmpy_handler_calls *> PyByteArray_AS_STRING(room)
+            found.count = count
+            result = self.try_call(KVMPY_GET_HANDLER_CALLS, <uintptr_t> found)
+            count = found.count
+        if result == -ENOENT:
+            return calls
+        if result < 0:
+            raise error(result, KVMPY_GET_HANDLER_CALLS)
+        for i in range(count):  # several lines of the table have one name
+            call = &found.call[i]
+            whole, slow = calls.get(call.name.decode(), (0, 0))
+            calls[call.name.decode()] = whole + call.all, slow + call.slow
+        return calls
 
     def setup_mce(self, uint64_t mcg_cap):
         """Give the guest machine check banks as in MCG_CAP.

@@ -20,19 +20,24 @@ def disassemble(code: bytes, ip: int, bits: int, count: int = 8) -> list[str]:
     lacking.
     Errors: ValueError for other `bits`.
     """
+    return [_line(address, bits, raw, text) for address, raw, text in instructions(code, ip, bits, count)]
+
+
+def instructions(code: bytes, ip: int, bits: int, count: int = 8) -> list[tuple[int, bytes, str]]:
+    """As `disassemble()`: (address, bytes, text) of each."""
     if bits not in (16, 32, 64):
         raise ValueError(f"bits={bits}: code is 16, 32 or 64 bits wide")
     try:
         iced: Any = importlib.import_module("iced_x86")
     except ImportError:
-        return [_line(ip, bits, code[: min(len(code), LONGEST)], LACKING)] if code and count > 0 else []
+        return [(ip, code[: min(len(code), LONGEST)], LACKING)] if code and count > 0 else []
     formatter = iced.Formatter(iced.FormatterSyntax.NASM)
     formatter.hex_prefix, formatter.hex_suffix = "0x", ""
     formatter.space_after_operand_separator = True
     formatter.uppercase_hex = False
     formatter.rip_relative_addresses = False
     decoder = iced.Decoder(bits, bytes(code), ip=ip & ((1 << 64) - 1))
-    lines: list[str] = []
+    lines: list[tuple[int, bytes, str]] = []
     while decoder.can_decode and len(lines) < count:
         start = decoder.position
         address = decoder.ip
@@ -40,10 +45,10 @@ def disassemble(code: bytes, ip: int, bits: int, count: int = 8) -> list[str]:
         if instruction.is_invalid:
             rest = code[start : start + LONGEST]
             cut = decoder.last_error == iced.DecoderError.NO_MORE_BYTES
-            lines.append(_line(address, bits, rest, "(cut short)" if cut else "(bad)"))
+            lines.append((address, rest, "(cut short)" if cut else "(bad)"))
             break
         raw = code[start : start + instruction.len]
-        lines.append(_line(address, bits, raw, formatter.format(instruction)))
+        lines.append((address, raw, formatter.format(instruction)))
     return lines
 
 

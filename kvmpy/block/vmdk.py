@@ -11,8 +11,8 @@ The descriptor names the files of the extents; they are opened as `Follow` allow
 from __future__ import annotations
 
 import os
+import random
 import re
-import secrets
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,7 +218,7 @@ def create_vmdk(path: str | os.PathLike[str], size: int) -> None:
     cylinders = min(sectors // (16 * 63), 16383)
     text = f"""# Disk DescriptorFile
 version=1
-CID={secrets.randbelow(0xFFFFFFFE):08x}
+CID={random.SystemRandom().randrange(0xFFFFFFFE):08x}
 parentCID=ffffffff
 createType="monolithicSparse"
 

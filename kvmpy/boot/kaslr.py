@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import array
 import random
-import secrets
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -85,7 +84,7 @@ def randomize(elf: Elf, kernel: BzImage, seed: int | None = None) -> tuple[Elf, 
     Raises BootError for tables that lead outside the kernel.
     """
     tables = find_relocations(elf)
-    below = secrets.randbelow if seed is None else random.Random(seed).randrange
+    below = (random.SystemRandom() if seed is None else random.Random(seed)).randrange
     distance = below(slots(elf, kernel)) * kernel.header.kernel_alignment if tables else 0
     return (move(elf, tables, distance), distance) if tables and distance else (elf, 0)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import threading
@@ -110,6 +109,8 @@ class Console(Input):
 
     async def aexpect(self, pattern: Pattern, timeout: float | None = 30.0) -> Found:
         """`expect` for asyncio: other tasks run while it waits."""
+        import asyncio  # 4 MiB, for those who use it
+
         search = _searcher(pattern)
         loop = asyncio.get_running_loop()
         news = asyncio.Event()

@@ -21,9 +21,10 @@ examples:
   kvmpy debug profile debian-6.1 --run 'sha256sum /bin/busybox'
   kvmpy debug profile vmlinuz --append 'console=ttyS0 nokaslr' --symbols System.map --report boot.txt
 
-The report has the engine's counters (instructions, translations, TLB misses, exits by kind ...), functions by
-samples when there are symbols, and the hottest blocks disassembled (with the package iced-x86). An address is
-the start of the block that would have run next. For the addresses of System.map or of a vmlinux the kernel must
+The report has the engine's counters (instructions, translations, TLB misses, exits by kind ...), which handlers
+of the interpreter the software CPU's host code called how often, functions by samples when there are symbols, and
+the hottest blocks disassembled (with the package iced-x86), host code beside the guest's. An address is the start
+of the block that would have run next. For the addresses of System.map or of a vmlinux the kernel must
 not be moved: say nokaslr. The profiler needs no KVM and no JIT, and works with both.
 """
 

@@ -10,7 +10,6 @@ compared once more here.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -207,6 +206,8 @@ def check(path: Path, sha256: str, size: int) -> None:
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
+        import hashlib  # libcrypto is large, and this is for downloads
+
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -68,6 +67,8 @@ class Recipe:
     def identity(self) -> str:
         """Changes whenever the same packages would give other files."""
         parts = (REVISION, self.name, self.cmdline, [i.key for i in self.ingredients], init.SCRIPT, MODULES)
+        import hashlib  # libcrypto is large, and most guests are made already
+
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 

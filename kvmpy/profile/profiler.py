@@ -4,28 +4,37 @@
 A kick takes effect where the engine looks for it: on the software CPU between two blocks of instructions, so an
 address is the start of a block, the one after that which was running; loops that are one block are charged to
 themselves. Code bytes are copied when an address is seen for the first time, since guests reuse memory.
+
+On the software CPU it also counts the handlers that host code calls, and copies the host code of blocks that are seen
+more than once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
-from kvmpy.disasm import disassemble
-from kvmpy.errors import KvmpyError, StateError
+from kvmpy.disasm import instructions
+from kvmpy.errors import CapabilityError, KvmpyError, StateError
 from kvmpy.machine import Machine
 from kvmpy.profile.symbols import Symbols
 from kvmpy.vcpu import State, Vcpu
 
-CODE_BYTES = 96
+CODE_BYTES = 256  # no block of the software CPU is longer
 PAGE = 4096
 BLOCKS_MAX = 200_000  # a guest may jump anywhere
 KERNEL = 1 << 63
+SEEN_OFTEN = 3  # samples of a block before its host code is looked at
+HOST_MOST = 400  # instructions of host code of a block
+GUEST_WIDTH = 44  # columns
+HOST_ADDRESS = re.compile(r"0x[0-9a-f]{9,16}")
+WAIT = 1.0  # seconds for a running vCPU to take a kick
 
 # Engine counters in the order of the report: what each says, and what it is divided by to be comparable.
 COUNTED = {
@@ -53,19 +62,28 @@ COUNTED = {
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Code that was seen running: its address, the bytes from there, 16, 32 or 64 bits, and the privilege level."""
+    """Code that was seen running: its address, the bytes from there, 16, 32 or 64 bits, and the privilege level.
+
+    host: of the software CPU's translation the instructions for each guest instruction, as text; host_bytes: how long
+    that is, in line and out of line.
+    """
 
     address: int
     code: bytes
     bits: int
     cpl: int
+    host: tuple[tuple[str, ...], ...] = ()
+    host_bytes: tuple[int, int] = (0, 0)
 
     def disassembly(self, most: int = 12) -> list[str]:
-        """Its instructions up to the first that goes elsewhere, at most `most`."""
+        """Its instructions up to the first that goes elsewhere, at most `most`; host code beside them."""
         lines = []
-        for line in disassemble(self.code, self.address, self.bits, most):
-            lines.append(line)
-            text = line.split("  ")[-1].strip()
+        most = len(self.host) or most
+        for number, (address, _, text) in enumerate(instructions(self.code, self.address, self.bits, most)):
+            host = self.host[number] if number < len(self.host) else ()
+            guest = f"{address:#x}  {text}"
+            lines.append(f"{guest:<{GUEST_WIDTH}}  {host[0]}" if host else guest)
+            lines += [f"{'':<{GUEST_WIDTH}}  {line}" for line in host[1:]]
             if text.startswith(("j", "ret", "call", "iret", "syscall", "sysret", "hlt", "loop", "int")):
                 break
         return lines
@@ -73,12 +91,17 @@ class Block:
 
 @dataclass(slots=True)
 class Profile:
-    """What was found: samples by vCPU and address, the code there, counters by vCPU, and seconds of wall time."""
+    """What was found: samples by vCPU and address, the code there, counters by vCPU, and seconds of wall time.
+
+    handlers: by vCPU, how often host code called which handler of the interpreter: because the instruction has no host
+    code, and out of line, mostly for memory that the softTLB did not know.
+    """
 
     seconds: float = 0.0
     samples: dict[int, Counter[int]] = field(default_factory=dict)
     blocks: dict[int, Block] = field(default_factory=dict)
     counters: dict[int, dict[str, int]] = field(default_factory=dict)
+    handlers: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -110,6 +133,7 @@ class Profile:
                 if counters.get(name):
                     rate = _per_1000(counters[name], counters.get("insns", 0)) if name != "insns" else ""
                     lines.append(f"  {counters[name]:>15,}  {text}{rate}")
+            lines += self._handlers(vcpu, top)
         if len(symbols):
             lines += ["", f"functions{'':34}samples"]
             lines += [f"  {count / total:6.1%} {count:>7}  {name}" for name, count in self.functions(symbols)[:top]]
@@ -122,8 +146,18 @@ class Profile:
             name = symbols.name_of(address)
             lines += ["", f"{count / total:6.1%}  {count} samples at {address:#x}{'  ' + name if name else ''}"]
             block = self.blocks.get(address)
+            if block and block.host:
+                sizes = "{} bytes of host code and {} out of line".format(*block.host_bytes)
+                lines.append(f"        {'guest':<{GUEST_WIDTH}}  host: {sizes}")
             lines += ["        " + line for line in (block.disassembly() if block else ["(not readable)"])]
         return "\n".join(lines) + "\n"
+
+    def _handlers(self, vcpu: int, top: int) -> list[str]:
+        calls = sorted(self.handlers.get(vcpu, {}).items(), key=lambda item: -sum(item[1]))
+        if not calls:
+            return []
+        lines = ["", f"  {'no host code':>15}  {'out of line':>15}  handlers called by host code"]
+        return lines + [f"  {whole:>15,}  {slow:>15,}  {name}" for name, (whole, slow) in calls[:top]]
 
 
 class Profiler:
@@ -141,6 +175,7 @@ class Profiler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._kick, name="profiler", daemon=True)
         self._before: dict[int, Mapping[str, int]] = {}
+        self._asked: dict[int, threading.Event] = {}  # vCPUs of whose translator we asked; set: no longer
         self._started = 0.0
 
     def __enter__(self) -> Profiler:
@@ -159,6 +194,8 @@ class Profiler:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        for running in self._vm.vcpus:
+            self._end(running)
         self._vm.handlers.kicked = None
         self.profile.seconds = time.monotonic() - self._started
         for vcpu, after in self._read().items():
@@ -178,14 +215,46 @@ class Profiler:
 
     def _note(self, vcpu: Vcpu) -> None:
         """In the vCPU's thread, out of the guest."""
-        if self._stop.is_set() or self._vm.state is not State.RUNNING:
+        if self._stop.is_set():
+            self._ask_no_more(vcpu)
+            return
+        if self._vm.state is not State.RUNNING:
             return
         address = vcpu.regs.rip
         profile = self.profile
+        if vcpu.id not in self._asked:
+            self._asked[vcpu.id] = threading.Event()
+            with contextlib.suppress(CapabilityError):  # the kernel's KVM
+                vcpu.profile(True)
+                self.profile.handlers[vcpu.id] = {}
         profile.samples[vcpu.id][address] += 1
         if address not in profile.blocks and len(profile.blocks) < BLOCKS_MAX:
             with contextlib.suppress(KvmpyError):
                 profile.blocks[address] = self._look(vcpu, address)
+        block = profile.blocks.get(address)
+        often = profile.samples[vcpu.id][address] >= SEEN_OFTEN
+        if block and not block.host and often and vcpu.id in profile.handlers:
+            profile.blocks[address] = _with_host_code(vcpu, block)
+
+    def _end(self, vcpu: Vcpu) -> None:
+        """Take the counts: here, or in the vCPU's thread if it runs."""
+        asked = self._asked.get(vcpu.id)
+        if asked is None:
+            return
+        with contextlib.suppress(StateError):
+            self._ask_no_more(vcpu)
+        if not asked.is_set():
+            with contextlib.suppress(StateError):
+                vcpu.kick()
+                asked.wait(WAIT)
+
+    def _ask_no_more(self, vcpu: Vcpu) -> None:
+        asked = self._asked.get(vcpu.id)
+        if asked is not None and not asked.is_set():
+            if vcpu.id in self.profile.handlers:
+                self.profile.handlers[vcpu.id] = vcpu.handler_calls()
+                vcpu.profile(False)
+            asked.set()
 
     def _look(self, vcpu: Vcpu, address: int) -> Block:
         sregs = vcpu.sregs
@@ -203,6 +272,31 @@ class Profiler:
         if not found.valid:
             raise StateError(f"{linear:#x} is not mapped")
         return self._vm.memory.read(found.physical_address, size)
+
+
+def _with_host_code(vcpu: Vcpu, block: Block) -> Block:
+    """`block` with its host code, where there is some; what that refers to has names."""
+    found = vcpu.host_code(block.address) if block.bits == 64 else None
+    if found is None or not found.starts:
+        return block
+    names: dict[str, str] = {}
+
+    def name(match: re.Match[str]) -> str:
+        text = match[0]
+        if text not in names:
+            names[text] = vcpu.host_name(int(text, 16)) or text
+        return names[text]
+
+    lines: list[list[str]] = [[] for _ in found.starts]
+    for at, _, text in instructions(found.code, found.address, 64, HOST_MOST):
+        number = sum(start <= at - found.address for start in found.starts) - 1
+        lines[max(number, 0)].append(HOST_ADDRESS.sub(name, text))
+    return replace(
+        block,
+        code=block.code[: found.guest_bytes],
+        host=tuple(tuple(host) for host in lines),
+        host_bytes=(len(found.code), found.out_of_line),
+    )
 
 
 def _per_1000(count: int, instructions: int) -> str:

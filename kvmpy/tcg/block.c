@@ -31,6 +31,7 @@
 
 #define MAX_INSNS 64
 #define ARENA_SIZE (48u << 20)
+#define ARENA_START 64u /* a block_ref of 0 is none */
 #define HASH_BITS 15
 #define PAGE_BITS 12
 #define JUMP_BITS 12
@@ -39,8 +40,8 @@ struct jump { uint64_t rip; struct block *block; };
 struct block_cache {
     uint8_t *arena;
     size_t used;
-    struct block *hash[1 << HASH_BITS];
-    struct block *page[1 << PAGE_BITS];
+    block_ref hash[1 << HASH_BITS];
+    block_ref page[1 << PAGE_BITS];
     struct jump jump[1 << JUMP_BITS];
 };
 
@@ -67,6 +68,7 @@ bool block_init(struct cpu *c)
         return false;
     }
     c->cache->arena = arena;
+    c->cache->used = ARENA_START;
     jit_init(c);
     return true;
 }
@@ -87,12 +89,15 @@ void cpu_flush_code(struct cpu *c)
     memset(k->hash, 0, sizeof k->hash);
     memset(k->page, 0, sizeof k->page);
     memset(k->jump, 0, sizeof k->jump);
-    k->used = 0;
+    k->used = ARENA_START;
     c->link = NULL;
     jit_flush(c);
 }
 
 static struct link *link_of(struct block *b) { return b->nlinks ? (struct link *)&b->uops[b->nuop] : NULL; }
+static struct crossing *crossing_of(const struct block *b) { return b->crosses ? (struct crossing *)&b->uops[b->nuop + b->nlinks] : NULL; }
+static struct block *block_by(const struct block_cache *k, block_ref ref) { return ref ? (struct block *)(k->arena + ref) : NULL; }
+static block_ref ref_of(const struct block_cache *k, const struct block *b) { return (block_ref)((const uint8_t *)b - k->arena); }
 
 /* ---- building ---- */
 
@@ -241,7 +246,7 @@ again:
 
     struct block *b = (struct block *)(k->arena + k->used);
     bool links = n && d[n - 1].links;
-    *b = (struct block){.host = host, .gpa = gpa, .gpa2 = gpa2, .host2 = host2, .mode = mode, .bytes = (uint16_t)bytes, .ninsn = (uint16_t)n};
+    *b = (struct block){.host = host, .gpa = gpa, .mode = mode, .bytes = (uint16_t)bytes, .ninsn = (uint8_t)n, .crosses = host2 != NULL};
     quiet_flags(d, n);
     struct uop *u = b->uops;
     for (unsigned i = 0; i < n; i++) {
@@ -259,23 +264,24 @@ again:
         *u++ = (struct uop){.fn = op_fall, .imm = bytes, .off = (uint8_t)bytes, .base = REG_ZERO, .index = REG_ZERO};
         links = true;
     }
-    b->nuop = (uint16_t)(u - b->uops);
-    b->nlinks = links ? 2 : 0;
-    if (links) {
-        memset(u, 0, 2 * sizeof *u);
-        ((struct link *)u)[0].from = ((struct link *)u)[1].from = b;
-        u += 2;
-    }
-    k->used += (size_t)((uint8_t *)u - (uint8_t *)b + 63) & ~63ull;
+    b->nuop = (uint8_t)(u - b->uops);
+    b->nlinks = !links ? 0 : end && d[n - 1].row->attrs & OPA_LINK2 ? 2 : 1;
+    for (unsigned i = 0; i < b->nlinks; i++)
+        *(struct link *)u++ = (struct link){.from = b};
+    struct crossing *other = host2 ? (struct crossing *)u++ : NULL;
+    k->used = (size_t)((uint8_t *)u - k->arena);
     jit_new_block(c, b);
     unsigned h = hash_of(host, mode);
     b->hash_next = k->hash[h];
-    k->hash[h] = b;
+    k->hash[h] = ref_of(k, b);
     b->page_next = k->page[page_of(gpa)];
-    k->page[page_of(gpa)] = b;
-    if (gpa2 != ~0ull && page_of(gpa2) != page_of(gpa)) {
-        b->page_next2 = k->page[page_of(gpa2)];
-        k->page[page_of(gpa2)] = b;
+    k->page[page_of(gpa)] = ref_of(k, b);
+    if (other) {
+        *other = (struct crossing){.gpa = gpa2, .host = host2};
+        if (page_of(gpa2) != page_of(gpa)) {
+            other->page_next = k->page[page_of(gpa2)];
+            k->page[page_of(gpa2)] = ref_of(k, b);
+        }
     }
     c->stat.blocks++;
     return b;
@@ -308,14 +314,14 @@ struct block *block_find(struct cpu *c, uint32_t mode)
         c->error_text = "instruction fetch from a page that is not memory";
         cpu_stop(c, NULL, TCG_STOP_ERROR);
     }
-    for (b = k->hash[hash_of(host, mode)]; b; b = b->hash_next) {
+    for (b = block_by(k, k->hash[hash_of(host, mode)]); b; b = block_by(k, b->hash_next)) {
         if (b->host != host || b->mode != mode || b->dead)
             continue;
         if (unlikely(mode & MODE_LIMIT) && c->rip + b->bytes - 1 > c->seg[SEG_CS].limit)
             continue;
-        if (b->host2) {
+        if (b->crosses) {
             uint64_t gpa2;
-            if (mmu_fetch(c, (lin | 0xfff) + 1, &gpa2) != b->host2)
+            if (mmu_fetch(c, (lin | 0xfff) + 1, &gpa2) != crossing_of(b)->host)
                 continue;
             return b;
         }
@@ -323,7 +329,7 @@ struct block *block_find(struct cpu *c, uint32_t mode)
     }
     if (!b)
         b = build(c, host, gpa, lin, mode);
-    if (!b->host2) {
+    if (!b->crosses) {
         j->rip = c->rip;
         j->block = b;
     }
@@ -342,12 +348,29 @@ struct block *block_peek(struct cpu *c)
     return NULL;
 }
 
+struct block *block_at(struct cpu *c, uint64_t lin)
+{
+    struct page_info page;
+    uint64_t gpa;
+    bool writable, user;
+    if (!cpu_translate(c, lin, &gpa, &writable, &user))
+        return NULL;
+    tcg_phys_to_host(c->vm, gpa & PAGE_MASK_4K, &page);
+    if (!page.host)
+        return NULL;
+    uint8_t *host = page.host + (gpa & 0xfff);
+    for (struct block *b = block_by(c->cache, c->cache->hash[hash_of(host, c->mode)]); b; b = block_by(c->cache, b->hash_next))
+        if (b->host == host && b->mode == c->mode && !b->dead)
+            return b;
+    return NULL;
+}
+
 void block_connect(struct cpu *c, struct link *link, struct block *to)
 {
-    if (to->host2 || link->to || link->from->dead || to->dead || link->from->mode != to->mode || to->mode & (MODE_STEP | MODE_LIMIT))
+    if (to->crosses || link->to || link->from->dead || to->dead || link->from->mode != to->mode || to->mode & (MODE_STEP | MODE_LIMIT))
         return;
     /* A branch inside its page is the same however the page is mapped; others are proved by the TLB each time. */
-    bool same = link->from->gpa >> 12 == to->gpa >> 12 && (c->bip & PAGE_MASK_4K) == (c->rip & PAGE_MASK_4K) && !link->from->host2;
+    bool same = link->from->gpa >> 12 == to->gpa >> 12 && (c->bip & PAGE_MASK_4K) == (c->rip & PAGE_MASK_4K) && !link->from->crosses;
     if (!same && c->segbase[SEG_CS])
         return;
     link->unused = !same;
@@ -364,8 +387,8 @@ static void kill(struct cpu *c, struct block *b)
     if (b->dead)
         return;
     b->dead = true;
-    for (struct block **p = &k->hash[hash_of(b->host, b->mode)]; *p; p = &(*p)->hash_next)
-        if (*p == b) {
+    for (block_ref *p = &k->hash[hash_of(b->host, b->mode)]; *p; p = &block_by(k, *p)->hash_next)
+        if (*p == ref_of(k, b)) {
             *p = b->hash_next;
             break;
         }
@@ -373,7 +396,7 @@ static void kill(struct cpu *c, struct block *b)
         l->to = NULL;
     b->incoming = NULL;
     struct link *own = link_of(b);
-    for (unsigned i = 0; own && i < 2; i++) {
+    for (unsigned i = 0; i < b->nlinks; i++) {
         if (!own[i].to)
             continue;
         for (struct link **p = &own[i].to->incoming; *p; p = &(*p)->next)
@@ -394,19 +417,21 @@ static void kill(struct cpu *c, struct block *b)
 
 static bool overlaps(const struct block *b, uint64_t gpa, uint64_t size)
 {
-    uint64_t first = b->gpa2 == ~0ull ? b->bytes : 4096 - (b->gpa & 0xfff);
-    return (b->gpa < gpa + size && gpa < b->gpa + first) || (b->gpa2 != ~0ull && b->gpa2 < gpa + size && gpa < b->gpa2 + b->bytes - first);
+    const struct crossing *x = crossing_of(b);
+    uint64_t first = x ? 4096 - (b->gpa & 0xfff) : b->bytes;
+    return (b->gpa < gpa + size && gpa < b->gpa + first) || (x && x->gpa < gpa + size && gpa < x->gpa + b->bytes - first);
 }
 
 /* Kills what overlaps within one page; returns the granules that still hold code. */
 static uint64_t forget(struct cpu *c, uint64_t gpa, uint64_t size)
 {
     uint64_t left = 0;
-    struct block **p = &c->cache->page[page_of(gpa)];
+    block_ref *p = &c->cache->page[page_of(gpa)];
     while (*p) {
-        struct block *b = *p;
-        /* a block stands in the list of each of its pages through its own pointer */
-        struct block **next = page_of(b->gpa) == page_of(gpa) ? &b->page_next : &b->page_next2;
+        struct block *b = block_by(c->cache, *p);
+        struct crossing *x = crossing_of(b);
+        /* a block stands in the list of each of its pages through a reference of its own */
+        block_ref *next = page_of(b->gpa) == page_of(gpa) ? &b->page_next : &x->page_next;
         if (!b->dead && overlaps(b, gpa, size))
             kill(c, b);
         if (b->dead) {
@@ -414,7 +439,7 @@ static uint64_t forget(struct cpu *c, uint64_t gpa, uint64_t size)
             continue;
         }
         uint64_t start = b->gpa >> 12 == gpa >> 12 ? b->gpa & 0xfff : 0;
-        if (b->gpa >> 12 == gpa >> 12 || b->gpa2 >> 12 == gpa >> 12) {
+        if (b->gpa >> 12 == gpa >> 12 || (x && x->gpa >> 12 == gpa >> 12)) {
             uint64_t stop = start + b->bytes - 1;
             stop = stop > 4095 ? 4095 : stop;
             for (uint64_t g = start >> 6; g <= stop >> 6; g++)

@@ -119,7 +119,7 @@ struct x87 {
 /* ---- softTLB: see tlb.c. Offsets and sizes here are known to the JIT. ---- */
 #define TLB_BITS 11 /* 512 entries miss 12 million times while Linux 6.1 unpacks itself, these half a million */
 #define TLB_SIZE (1u << TLB_BITS)
-#define TLB_INVALID 1ull /* in a tag: never equal to a page address, so the access takes the slow path */
+#define TLB_INVALID 0x800ull /* in a tag: never equal to a page address, not even with the low bits of a misaligned one (jit_insn.c) */
 struct tlb_entry {
     uint64_t rd, wr, ex;  /* linear page address that may be accessed so, or one with low bits set */
     uintptr_t addend;     /* host address = linear address + addend */
@@ -294,6 +294,11 @@ struct cpu {
         uint64_t context, serial; /* what the present mode and address translations are called */
         bool stop;              /* the running code has been forgotten */
         bool once;              /* the next block is the interpreter's */
+        struct {                /* jit_x87.c */
+            bool live;          /* registers, tags and status are in the host's unit, not in fpu */
+            bool fip_written;   /* since then: fpu.fcs shall be CS */
+            uint8_t fdp_segment; /* fpu.fds shall be segment n - 1 */
+        } x87;
     } jit;
 
     struct { const struct uop *u; uint8_t mmu; } edge; /* ea.c: who came near a segment's limit; c->tlb before that */
@@ -381,6 +386,10 @@ static inline bool cpu_canonical_base(const struct cpu *c, uint64_t a)
 }
 /* KVM_TRANSLATE: no side effects. Returns false when not mapped. */
 bool cpu_translate(struct cpu *c, uint64_t linear, uint64_t *gpa, bool *writable, bool *user);
+
+/* For a profiler (profile.h): on or off; the requests beyond KVM's, ENOTTY for others. */
+long cpu_profile(struct cpu *c, bool on);
+long cpu_profile_ioctl(struct cpu *c, unsigned long request, void *p);
 
 void cpu_flush_tlb(struct cpu *c);         /* own thread or not running */
 void cpu_flush_code(struct cpu *c);

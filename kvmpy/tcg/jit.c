@@ -21,6 +21,7 @@
 
 OP_DECL(jit_count);
 OP_DECL(jit_enter);
+OP_DECL(jit_x87_enter);
 
 /* Clang 14 has no __builtin_cpu_supports("lzcnt"). Asked once: under a hypervisor each CPUID is an exit. */
 static bool host_lzcnt(void)
@@ -54,7 +55,7 @@ static uint64_t host_features(unsigned word)
 static unsigned switched_off(const char *words)
 {
     static const struct { const char *name; unsigned bit; } names[] = {
-        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"nogroups", JIT_NO_GROUPS}, {"perf", JIT_PERF},
+        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"nogroups", JIT_NO_GROUPS}, {"perf", JIT_PERF}, {"nox87", JIT_NO_X87},
     };
     unsigned bits = 0;
     for (unsigned i = 0; words && i < sizeof names / sizeof names[0]; i++)
@@ -81,7 +82,6 @@ void jit_init(struct cpu *c)
     j->off = switched_off(getenv("KVMPY_JIT"));
     j->host_features[0] = host_features(0);
     j->host_features[1] = host_features(1);
-    j->nowhere.gpa2 = ~0ull;
     jit_thunks(c, j);
     c->jit.state = j;
     jit_flush(c);
@@ -95,6 +95,7 @@ void jit_free(struct cpu *c)
         return;
     jit_unmap(j);
     free(j->target);
+    free(j->calls);
     free(j);
     c->jit.state = NULL;
 }
@@ -306,12 +307,15 @@ static bool asked_to_leave(const struct cpu *c)
  * call), host code does too, if it has been there before. */
 const uint8_t *jit_call(struct cpu *c, const struct uop *u, const uint8_t *behind)
 {
-    const struct uop *first = u;
+    jit_x87_behind(c);
     while (u && u->fn != op_jit_back)
         u = u->fn(c, u);
-    if (u && unlikely(c->jit.stop) && first->len + u[-1].len) {
-        c->rip = RIP_AFTER(c, &u[-1]); /* the running code was forgotten, perhaps by this very instruction */
-        return NULL;
+    if (u && unlikely(c->jit.stop)) {
+        const struct uop *last = u[-1].fn == op_jit_x87_enter ? u - 2 : u - 1;
+        if (last->len) { /* a whole instruction, perhaps the one by which the running code was forgotten */
+            c->rip = RIP_AFTER(c, last);
+            return NULL;
+        }
     }
     if (u)
         return behind;
@@ -380,7 +384,7 @@ void jit_flush(struct cpu *c)
 void jit_new_block(struct cpu *c, struct block *b)
 {
     b->first = b->uops[0].fn;
-    if (!c->jit.state || b->host2 || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
+    if (!c->jit.state || b->crosses || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
         return;
     b->uops[0].fn = op_jit_count;
 }
@@ -426,6 +430,7 @@ OP(jit_enter)
         c->jit.page = rip & PAGE_MASK_4K;
         c->block = &j->nowhere;
         struct jit_link *l = (struct jit_link *)(uintptr_t)j->enter(jb->entry);
+        jit_x87_behind(c);
         c->block = NULL;
         if (l) {
             c->rip = c->jit.page + (int64_t)l->delta;

@@ -434,7 +434,6 @@ static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const str
     bool end = false;
 
     memset(e, 0, offsetof(struct emit, slow));
-    e->nslow = e->nleave = e->helpers = 0;
     e->a = (struct place_of_code){j->write + j->hot, j->run - j->write};
     e->k = (struct place_of_code){j->write + j->cold, j->run - j->write};
     e->c = c;
@@ -443,14 +442,16 @@ static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const str
     e->bytes = bytes;
     e->start = (uint32_t)(b->gpa & 0xfff);
     e->flags = IN_CC;
-    e->group = NULL;
     e->no_groups = no_groups || j->off & JIT_NO_GROUPS;
-    e->jb = jit_data(j, sizeof *e->jb);
+    e->jb = jit_data(j, sizeof *e->jb + (j->calls ? n * sizeof e->jb->at[0] : 0));
+    e->jb->mapped = j->calls;
     e->jb->block = b;
     e->jb->entry = run_address(&e->a);
     e->jb->flags_in = flags_in;
     for (; done < n && !end; done++) {
         const struct decoded *i = &d[done];
+        if (e->jb->mapped)
+            e->jb->at[done] = (uint16_t)(e->a.p - (j->write + j->hot));
         bool sti = i->uop.fn == op_sti;
         end = i->end || (sti && done + 1 == n); /* STI at the end: its shadow is the interpreter's business */
         e->shadow = done && d[done - 1].uop.fn == op_sti;

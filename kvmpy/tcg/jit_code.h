@@ -42,6 +42,8 @@ struct jit_block {
     struct target *cached;   /* the entry of the target table that names this block */
     bool cached_often;       /* more than one does: look through the table */
     bool flags_in;           /* flags that hold at entry may be seen */
+    bool mapped;             /* at[] says where the code of each instruction begins (jit_profile.c) */
+    uint16_t at[];
 };
 
 struct jit {
@@ -65,9 +67,12 @@ struct jit {
     unsigned next_victim;
     bool kernel_local;       /* a page that is not global has been proved for the kernel */
     uint64_t pages[64];      /* filter of pages that have been proved */
+    uint64_t (*calls)[2];    /* of handlers by row, from hot and from cold code; NULL: nobody asked (jit_profile.c) */
+    uint8_t *helper_half;    /* where the helper thunk names its C half */
 };
 enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */,
-       JIT_NO_GROUPS = 64, JIT_PERF = 32 /* on, not off: tell perf of the code */ };
+       JIT_NO_GROUPS = 64, JIT_PERF = 32, /* on, not off: tell perf of the code */
+       JIT_NO_X87 = 128 };
 
 bool jit_map(struct cpu *c, struct jit *j);
 void jit_unmap(struct jit *j);
@@ -91,9 +96,11 @@ struct recipe {
     uint8_t bytes[15];
 };
 #define SLOW_SITES 4
-struct vectors { /* registers of which 16 bytes, and those of which 32 are meant */
+struct vectors { /* registers of which 16 bytes, and those of which 32 are meant; and x87 (jit_x87.c) */
     uint16_t low, full;
     bool wide;               /* of dirty: upper halves of host registers have been used */
+    bool x87;                /* of held: its registers are in the host's unit */
+    uint16_t fip;            /* of dirty: c->fpu.fip shall be this offset in the page, plus 1; 0: it is what it shall be */
 };
 struct slow { /* out of line: the interpreter does it */
     uint8_t *site[SLOW_SITES];
@@ -121,11 +128,7 @@ struct emit {
     uint32_t start;          /* of the block, in its page */
     unsigned flags;          /* IN_* */
     struct recipe recipe;    /* with IN_RECIPE */
-    struct slow slow[MAX_SLOW];
-    unsigned nslow;
-    struct leave leave[MAX_LEAVE];
-    unsigned nleave;
-    unsigned helpers;
+    unsigned nslow, nleave, helpers;
     struct slow *group;      /* S0 holds the addend for accesses of this group; NULL: there is none (jit_group.c) */
     unsigned group_first, group_last; /* instructions */
     bool no_groups;
@@ -133,6 +136,8 @@ struct emit {
     struct vectors held, dirty; /* guest vector registers in host registers of the same number; those not yet in c->v */
     bool masked;             /* MXCSR has been looked at: all exceptions are masked */
     bool shadow;             /* STI comes before this instruction */
+    struct slow slow[MAX_SLOW]; /* from here on not cleared for a new block */
+    struct leave leave[MAX_LEAVE];
 };
 
 #define FIELD(e, f) rm_abs(&(e)->c->f)
@@ -147,6 +152,9 @@ void *jit_data(struct jit *j, size_t size); /* NULL: full */
 /* jit_insn.c: one instruction that does not end a block. False: it has no emission. observed: flags that may be seen after it */
 bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed);
 void jit_helper(struct emit *e, const struct decoded *d);
+/* Micro-ops for the helper thunk: 8 bytes before them the block's offset in its page; behind them a handler alone. */
+struct uop *jit_begin_uops(struct emit *e);
+void jit_end_uops(struct emit *e, struct uop *end);
 /* Micro-op of a slow path or helper call; fn NULL: its own */
 const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn);
 /* Proves an access of `size` bytes at host register `base` + disp and gives the operand. Clobbers S0, S1, EFLAGS. */
@@ -165,7 +173,10 @@ struct operands {
 void jit_find_operands(const struct decoded *d, struct operands *o);
 unsigned jit_count_homed(const struct operands *o);
 bool jit_copy_access(const struct decoded *d, unsigned *size, bool *write); /* as JIT_COPY does; false: it would not */
+/* The address within its segment into dst; `other` is used only when base and index both live in memory. */
+void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned other);
 void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset);
+void jit_slow_if(struct emit *e, struct slow *s, unsigned cond);
 /* jit_flags.c */
 void jit_flags_made(struct emit *e, const struct decoded *d, unsigned size); /* by the `size` bytes before e->a.p */
 void jit_need_cc(struct emit *e);
@@ -187,5 +198,16 @@ bool jit_vector(struct emit *e, const struct decoded *d);
 void jit_flush_vectors(struct emit *e);  /* to c->v; none is held afterwards */
 void jit_spill(struct place_of_code *a, struct emit *e, struct vectors v);
 void jit_reload(struct place_of_code *a, struct emit *e, struct vectors v);
+/* jit_x87.c */
+bool jit_x87(struct emit *e, const struct decoded *d);
+void jit_store_fip(struct place_of_code *a, struct emit *e, unsigned fip);
+struct uop jit_x87_again(unsigned offset);
+void jit_x87_leave(struct cpu *c);
+/* Behind host code, before C that may look at c->fpu or use the unit: handlers and the loop. */
+static inline void jit_x87_behind(struct cpu *c)
+{
+    if (unlikely(c->jit.x87.live))
+        jit_x87_leave(c);
+}
 
 #endif

@@ -15,8 +15,6 @@
 
 #define SPAN 128 /* bytes from first to last: a group that crosses a page is slow */
 
-OP_DECL(jit_back);
-
 /* A store of the group may have been to the code of the running block. */
 OP(jit_check)
 {
@@ -57,6 +55,10 @@ unsigned jit_written(const struct decoded *d)
     if (r->jit == JIT_NOP || (r->jit == JIT_COPYR && map == 0 && (op & 0xfe) != 0xf6) || r->jit == JIT_JCC ||
         r->jit == JIT_JMP || r->jit == JIT_JMPIND || r->jit == JIT_RET /* its pop comes last of all */)
         return 0;
+    if (r->jit == JIT_X87 || r->jit == JIT_X87W || r->jit == JIT_X87CW)
+        return 0;
+    if (r->jit == JIT_X87C)
+        return 1u << RAX; /* FNSTSW AX */
     if (r->jit == JIT_LEAVE)
         return 1u << RSP | 1u << RBP;
     if (r->jit == JIT_FIXED)
@@ -175,10 +177,7 @@ bool jit_group_begin(struct emit *e, const struct decoded *d, unsigned at, unsig
 void jit_group_end(struct emit *e, const struct decoded *d, uop_fn part)
 {
     struct slow *s = e->group;
-    unsigned count = e->group_last - e->group_first + 1;
-    uint64_t *head = jit_data(e->j, 16 + (3 * count + 1) * sizeof(struct uop));
-    struct uop *u = (struct uop *)(head + 2);
-    head[1] = e->start;
+    struct uop *u = jit_begin_uops(e);
     s->uop = u;
     for (unsigned i = e->group_first; i <= e->group_last; i++) {
         bool last = i == e->group_last;
@@ -193,7 +192,9 @@ void jit_group_end(struct emit *e, const struct decoded *d, uop_fn part)
         if (!last && d[i].barrier)
             *u++ = (struct uop){.fn = op_jit_check, .base = REG_ZERO, .index = REG_ZERO};
     }
-    *u = (struct uop){.fn = op_jit_back, .off = u[-1].off, .base = REG_ZERO, .index = REG_ZERO};
+    if (e->held.x87)
+        *u++ = jit_x87_again(d[e->group_last].uop.off + d[e->group_last].uop.len);
+    jit_end_uops(e, u);
     s->resume = run_address(&e->a);
     s->restore = e->flags & IN_EFLAGS;
     s->reload = e->held;

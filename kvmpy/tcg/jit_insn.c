@@ -13,11 +13,21 @@ _Static_assert(sizeof(struct tlb_entry) == 32, "the probe computes an entry's pl
 
 /* ---- the interpreter's handlers ---- */
 
+struct uop *jit_begin_uops(struct emit *e)
+{
+    uint64_t *head = (uint64_t *)(e->j->data + e->j->used);
+    *head = e->start;
+    return (struct uop *)(head + 1);
+}
+void jit_end_uops(struct emit *e, struct uop *end)
+{
+    end->fn = op_jit_back;
+    e->j->used = ((size_t)((uint8_t *)(&end->fn + 1) - e->j->data) + 15) & ~15ull;
+}
+
 const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn)
 {
-    uint64_t *head = jit_data(e->j, 16 + 3 * sizeof(struct uop));
-    struct uop *u = (struct uop *)(head + 2), *first = u;
-    head[1] = e->start;
+    struct uop *u = jit_begin_uops(e), *first = u;
     if (d->has_prefix)
         *u++ = d->prefix;
     *u = d->uop;
@@ -25,7 +35,10 @@ const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn f
         u->fn = fn;
         u->len = 0; /* only a part of the instruction */
     }
-    u[1] = (struct uop){.fn = op_jit_back, .off = d->uop.off, .base = REG_ZERO, .index = REG_ZERO};
+    u++;
+    if (e->held.x87)
+        *u++ = jit_x87_again(d->uop.off + d->uop.len);
+    jit_end_uops(e, u);
     return first;
 }
 
@@ -57,7 +70,7 @@ struct slow *jit_begin_access(struct emit *e)
     return e->group ? NULL : jit_new_slow(e);
 }
 
-static void slow_if(struct emit *e, struct slow *s, unsigned cond) { s->site[s->sites++] = jcc32(&e->a, cond); }
+void jit_slow_if(struct emit *e, struct slow *s, unsigned cond) { s->site[s->sites++] = jcc32(&e->a, cond); }
 
 /* The slow path of an instruction ends here. */
 void jit_resume(struct emit *e, const struct decoded *d, struct slow *s)
@@ -102,8 +115,7 @@ static unsigned half(struct emit *e, uint8_t offset, unsigned tmp)
     return tmp;
 }
 
-/* The linear address into dst; `other` is used only when base and index both live in memory. */
-static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
+void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
 {
     bool wide = !(u->aflags & EA_A32);
     if (u->base == REG_BIP) {
@@ -117,6 +129,12 @@ static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned o
             index = half(e, u->index, base == dst ? other : dst);
         lea(&e->a, wide, dst, rm_sib(base, index, u->scale, u->disp));
     }
+}
+
+/* The linear address. */
+static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
+{
+    jit_offset(e, u, dst, other);
     if (u->aflags & EA_SEG)
         put_insn(&e->a, 0, true, 0, 0x03, dst, rm_abs(&e->c->segbase[u->seg]), 0);
 }
@@ -131,7 +149,7 @@ static void look_up(struct emit *e, bool write, struct slow *s)
     put_insn(a, 0, true, 0, 0x03, S0, FIELD(e, tlb), 0);
     alu_imm(a, true, 4, rm_reg(S1), e->aligned ? -4096 | (int32_t)(e->aligned - 1) : -4096);
     put_insn(a, 0, true, 0, 0x3b, S1, rm_mem(S0, write ? offsetof(struct tlb_entry, wr) : offsetof(struct tlb_entry, rd)), 0);
-    slow_if(e, s, COND_NZ);
+    jit_slow_if(e, s, COND_NZ);
     mov_load(a, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)));
 }
 
@@ -441,13 +459,13 @@ static bool divide(struct emit *e, const struct decoded *d)
         mov_rr(a, S0, RAX);
         shift_imm(a, w, 7, S0, w ? 63 : 31);
         put_insn(a, 0, w, 0, 0x3b, S0, rm_reg(RDX), 0);
-        slow_if(e, s, COND_NZ);
+        jit_slow_if(e, s, COND_NZ);
         lea(a, w, S0, rm_mem(S1, 1));
         alu_imm(a, w, 7, rm_reg(S0), 1);
-        slow_if(e, s, COND_BE);
+        jit_slow_if(e, s, COND_BE);
     } else {
         put_insn(a, 0, w, 0, 0x3b, RDX, rm_reg(S1), 0);
-        slow_if(e, s, COND_AE);
+        jit_slow_if(e, s, COND_AE);
     }
     put_insn(a, 0, w, 0, 0xf7, (unsigned)d->row->digit, rm_reg(S1), 0);
     e->flags = IN_CC;
@@ -471,6 +489,7 @@ bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed)
     case JIT_NOP: return true;
     case JIT_VEC: case JIT_VZEROUPPER: return jit_vector(e, d);
     case JIT_DIV: return divide(e, d);
+    case JIT_X87: case JIT_X87W: case JIT_X87C: case JIT_X87CW: return jit_x87(e, d);
     case JIT_XCHGAX: {
         unsigned guest = guest_of(d->uop.d);
         struct scratch scratch = {.used = 0};

@@ -99,15 +99,18 @@ static void epilogue(struct place_of_code *a)
     put1(a, 0xc3);
 }
 
-/* Calls C with the guest's registers in struct cpu: RDI is the cpu, RSI set by the caller; RAX comes back. */
-static void call_c(struct place_of_code *a, struct cpu *c, uintptr_t function)
+/* Calls C with the guest's registers in struct cpu: RDI is the cpu, RSI set by the caller; RAX comes back. Returns where
+ * the function stands. */
+static uint8_t *call_c(struct place_of_code *a, struct cpu *c, uintptr_t function)
 {
     lea(a, true, RDI, rm_abs(c));
     put1(a, 0x48);
     put1(a, 0xb8); /* MOV RAX, imm64 */
     put8(a, function);
+    uint8_t *where = a->p - 8;
     put_insn(a, 0, false, 0, 0xff, 2, rm_reg(RAX), 0);
     put_insn(a, 0, true, 0, 0x85, RAX, rm_reg(RAX), 0);
+    return where;
 }
 
 /* To the host code that RAX names, with the guest's registers. */
@@ -169,7 +172,7 @@ void jit_thunks(struct cpu *c, struct jit *j)
     mov_rr(&a, RSI, S0);
     mov_load(&a, RDX, rm_mem(RSP, 0));
     alu_imm(&a, true, 5, rm_reg(RSP), 8);
-    call_c(&a, c, (uintptr_t)jit_call);
+    j->helper_half = call_c(&a, c, (uintptr_t)jit_call);
     lea(&a, true, RSP, rm_mem(RSP, 8));
     uint8_t *gone = jcc32(&a, COND_Z);
     put_insn(&a, 0, true, 0, 0x3b, RAX, rm_mem(RSP, 0), 0);

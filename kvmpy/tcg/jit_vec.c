@@ -38,6 +38,7 @@ void jit_spill(struct place_of_code *a, struct emit *e, struct vectors v)
     for (unsigned n = 0; n < 16; n++)
         if (v.low >> n & 1)
             store_vector(a, e, n, v.full >> n & 1);
+    jit_store_fip(a, e, v.fip);
     if (v.wide) { /* VZEROUPPER: C code uses the legacy encodings */
         put1(a, 0xc5);
         put1(a, 0xf8);
@@ -55,7 +56,7 @@ void jit_reload(struct place_of_code *a, struct emit *e, struct vectors v)
 void jit_flush_vectors(struct emit *e)
 {
     jit_spill(&e->a, e, e->dirty);
-    e->dirty = e->held = (struct vectors){0, 0, false};
+    e->dirty = e->held = (struct vectors){0};
 }
 
 static void hold(struct emit *e, unsigned n, bool full)

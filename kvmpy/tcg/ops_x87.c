@@ -188,12 +188,6 @@ UNARY(fsin, SW_C1 | SW_C2) UNARY(fcos, SW_C1 | SW_C2)
 BINARY_TOP(fprem, SW_CC) BINARY_TOP(fprem1, SW_CC) BINARY_TOP(fscale, SW_C1)
 
 /* ---- what changes the depth ---- */
-struct image { /* FNSAVE, 32-bit protected-mode form, which 64-bit code gets too */
-    uint16_t cw, pad0, sw, pad1, tags, pad2;
-    uint32_t pointers[4];
-    uint8_t st[8][10];
-};
-_Static_assert(sizeof(struct image) == 108, "FNSAVE writes 108 bytes");
 #define RUN_SAVE(insn, load2, image, a, b)                                                                       \
     __asm__ volatile(load2 "fldt %1\n\t" insn "\n\tfnsave %0\n\tfldcw %3" : "=m"(image) : X80(a), X80(b), "m"(c->fpu.cw) : X87_CLOBBER)
 
@@ -212,7 +206,7 @@ _Static_assert(sizeof(struct image) == 108, "FNSAVE writes 108 bytes");
             }                                                                                                    \
             NEXT_RETURN;                                                                                         \
         }                                                                                                        \
-        struct image i;                                                                                          \
+        struct x87_image i;                                                                                          \
         RUN_SAVE(#name, "", i, ST(0), ST(0));                                                                    \
         x87_status(c, u, i.sw, codes);                                                                           \
         if ((i.sw >> 11 & 7) == 6) {                                                                             \
@@ -235,7 +229,7 @@ TWO_RESULTS(fptan, SW_C1 | SW_C2) TWO_RESULTS(fsincos, SW_C1 | SW_C2) TWO_RESULT
             underflow(c, u, 1, true);                                                                            \
             NEXT_RETURN;                                                                                         \
         }                                                                                                        \
-        struct image i;                                                                                          \
+        struct x87_image i;                                                                                          \
         RUN_SAVE(#name, "fldt %2\n\t", i, ST(0), ST(1));                                                         \
         x87_status(c, u, i.sw, SW_C1);                                                                           \
         if ((i.sw >> 11 & 7) == 7) {                                                                             \

@@ -128,13 +128,17 @@ ATTRIBUTES = (
 #   copy     the same opcode on host registers; a memory operand in first place is read and written,
 #            copyr: only read, copyw: only written; elsewhere it is read
 #   fixed    the same opcode, operands are implied
+#   x87      the same opcode on the host's x87 unit; a memory operand is read, x87w: written; x87c: a control
+#            instruction, which leaves the pointers to the last instruction alone and writes memory, if any
+#   x87cw    FLDCW
 JIT_CLASSES = (
     *("none", "copy", "copyr", "copyw", "fixed", "lea", "push", "pop", "leave", "nop", "xchgax", "div", "bitreg"),
     *("jcc", "jmp", "call", "jmpind", "callind", "ret", "loop", "vec", "vzeroupper"),
+    *("x87", "x87w", "x87c", "x87cw"),
 )
-# vec=SIZE and letters, for rows with jit=vec. SIZE: bytes of the memory operand; x all of the vector, h q e a half, a
-# quarter, an eighth of it; y by REX.W.
-VEC_SIZES = {"1": 1, "2": 2, "4": 4, "8": 8, "16": 16, "x": 32, "h": 33, "q": 34, "e": 35, "y": 36}
+# vec=SIZE and letters, for rows with jit=vec and x87 rows with memory. SIZE: bytes of the memory operand; x all of the
+# vector, h q e a half, a quarter, an eighth of it; y by REX.W.
+VEC_SIZES = {"1": 1, "2": 2, "4": 4, "8": 8, "10": 10, "16": 16, "x": 32, "h": 33, "q": 34, "e": 35, "y": 36}
 VEC_LETTERS = {
     "a": 1,  # in memory it must be aligned
     "n": 2,  # the destination is not read

@@ -80,22 +80,30 @@ struct link { /* takes the place of a micro-op behind a terminator */
 _Static_assert(sizeof(struct link) == 32, "a link takes the place of a micro-op");
 
 struct jit_block;
-struct block {
+typedef uint32_t block_ref; /* bytes from the start of the cache's arena; 0: none */
+struct block {           /* 64 bytes: a processor has tens of thousands */
     uint8_t *host;       /* first byte in host memory: together with `mode` the key */
     uint64_t gpa;
-    uint64_t gpa2;       /* second page of an instruction that crosses (then ninsn is 1), else ~0 */
-    uint8_t *host2;
     uint32_t mode;
-    uint16_t bytes, ninsn, nuop;
+    uint16_t bytes;
+    uint8_t ninsn, nuop;
     bool dead;           /* forgotten; memory goes back at the next flush */
+    bool crosses;        /* one instruction that goes on in the next page: a struct crossing is behind uops and links */
     uint8_t nlinks;
     uint32_t count;      /* executions, for the JIT's threshold */
     struct jit_block *host_code; /* NULL: none */
     uop_fn first;        /* handler of the first micro-op, where the JIT has put its own */
-    struct block *hash_next, *page_next, *page_next2;
+    block_ref hash_next, page_next;
     struct link *incoming;
     struct uop uops[];
 };
+struct crossing {
+    uint64_t gpa;        /* of the second page */
+    uint8_t *host;
+    block_ref page_next; /* in the list of that page */
+    uint32_t unused[3];
+};
+_Static_assert(sizeof(struct block) % 32 == 0 && sizeof(struct crossing) == 32, "micro-ops do not straddle cache lines");
 
 #define OP(name) const struct uop *op_##name(struct cpu *c, const struct uop *u)
 #define OP_DECL(name) const struct uop *op_##name(struct cpu *c, const struct uop *u)

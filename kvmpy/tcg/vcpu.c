@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "profile.h"
 #include "vm.h"
 #include "xstate.h"
 
@@ -295,6 +296,8 @@ static long plain_ioctl(struct vcpu *vcpu, unsigned long request, uintptr_t arg)
 
 static long enable_cap(struct vcpu *vcpu, const struct kvm_enable_cap *cap)
 {
+    if (cap->cap == KVMPY_CAP_TCG_PROFILE && !cap->flags && cap->args[0] <= 1)
+        return cpu_profile(&vcpu->cpu, cap->args[0]);
     if (cap->cap != KVMPY_CAP_TCG_ASSIST || cap->flags || !cap->args[0] || cap->args[0] > 1u << 31 || cap->args[2] > 1)
         return -EINVAL;
     if (cap->args[1])
@@ -387,7 +390,7 @@ static long state_ioctl(struct vcpu *vcpu, unsigned long request, void *p)
     case KVM_ENABLE_CAP:
         return enable_cap(vcpu, p);
     default:
-        return -ENOTTY;
+        return cpu_profile_ioctl(&vcpu->cpu, request, p);
     }
 }
 

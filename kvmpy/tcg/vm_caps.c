@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <unistd.h>
 
+#include "profile.h"
 #include "vm.h"
 
 #define QUIRKS KVM_X86_QUIRK_LINT0_REENABLED /* those whose disabling changes something here */
@@ -68,6 +69,7 @@ long check_extension(struct tcg_vm *vm, unsigned long capability)
         return QUIRKS;
     case KVMPY_CAP_TCG_DETERMINISTIC:
     case KVMPY_CAP_TCG_ASSIST:
+    case KVMPY_CAP_TCG_PROFILE:
         return 1;
     default:
         (void)vm; /* every VM can do the same */

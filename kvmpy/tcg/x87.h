@@ -67,15 +67,19 @@ static inline void x87_summary(struct cpu *c)
     if (c->fpu.sw & ~c->fpu.cw & 0x3f)
         c->fpu.sw |= SW_ES | SW_B;
 }
-/* Takes over the flags and `codes` from a status word. False: an unmasked exception keeps the operands. */
+/* Takes over the flags and `codes` from a status word. False: an unmasked exception keeps the operands, and then the
+ * codes too: the host's would be of an earlier instruction. */
 static inline bool x87_status(struct cpu *c, const struct uop *u, uint16_t host, uint16_t codes)
 {
+    bool kept = unlikely(host & SW_ES) && host & ~c->fpu.cw & (SW_IE | SW_DE | SW_ZE);
+    if (unlikely(kept))
+        codes = 0;
     c->fpu.sw = (uint16_t)((c->fpu.sw & ~codes) | (host & (0x3f | codes)));
     if (likely(!(host & SW_ES)))
         return true;
     c->fpu.sw |= SW_ES | SW_B;
     c->fpu.fop = u->imm & 0x7ff;
-    return !(host & ~c->fpu.cw & (SW_IE | SW_DE | SW_ZE));
+    return !kept;
 }
 /* Stack fault. `over`: C1. True: masked, the caller goes on with the indefinite value. */
 static inline bool x87_stack_fault(struct cpu *c, const struct uop *u, bool over)
@@ -113,6 +117,13 @@ static inline void x87_write(struct cpu *c, const struct uop *u, uint64_t lin, c
     else
         mem_write_bytes(c, u, lin, v, size);
 }
+
+struct x87_image { /* FNSAVE, 32-bit protected-mode form, which 64-bit code gets too */
+    uint16_t cw, pad0, sw, pad1, tags, pad2;
+    uint32_t pointers[4];
+    uint8_t st[8][10];
+};
+_Static_assert(sizeof(struct x87_image) == 108, "FNSAVE writes 108 bytes");
 
 /* The end of every asm below: status to AX, and no exception may stay pending on the host. */
 #define X87_END "fnstsw %%ax\n\ttest $0x80, %%al\n\tjz 1f\n\tfnclex\n1:\n\t"

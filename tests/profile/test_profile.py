@@ -56,6 +56,33 @@ def test_samples_counters_and_report(backend, symbols):
         assert "instructions\n" in report and "exits to Python" in report
 
 
+#                         fninit  jmp +0  cpuid  dec ebx  jnz -6  jmp -12
+CALLING = bytes.fromhex("dbe3    eb00    0fa2   ffcb     75fa    ebf4")
+
+
+def test_host_code_beside_the_guests_and_calls_of_handlers(monkeypatch):
+    pytest.importorskip("iced_x86")
+    monkeypatch.setenv("KVMPY_TCG", "jit")
+    monkeypatch.setenv("KVMPY_JIT", "all")
+    with Machine(kernel=CALLING, load_address=BASE, mode="long", memory="16M", backend="tcg") as machine:
+        profiler = Profiler(machine)
+        with profiler:
+            deadline = time.monotonic() + 60
+            while not any(block.host for block in list(profiler.profile.blocks.values())):
+                assert time.monotonic() < deadline, "no host code"
+                time.sleep(0.01)
+            if not dict(machine.stats()["engine"][0])["jit_blocks"]:
+                pytest.skip("no executable memory here for a JIT")
+        machine.stop()
+    profile = profiler.profile
+    assert profile.handlers[0]["cpuid"][0] > 100
+    block = next(block for block in profile.blocks.values() if block.host)
+    assert len(block.host) == len([line for line in block.disassembly() if line.startswith("0x")])
+    text = "\n".join(block.disassembly())
+    assert "micro-op cpuid" in text or "budget" in text  # the block of CPUID, or of the branch behind it
+    assert "handlers called by host code" in profile.report()
+
+
 def test_one_profiler_at_a_time(backend):
     with spinning(backend) as machine, Profiler(machine):
         with pytest.raises(StateError, match="being profiled already"), Profiler(machine):

@@ -99,6 +99,22 @@ def test_sequences_as_in_the_interpreter(programs, switches):
     assert faults and int(faults[1]) > 500, "hardly a fault: the sequences are too tame"
 
 
+@pytest.mark.parametrize("switches", [*OFF, "all,nox87"])
+def test_x87_sequences_as_in_the_interpreter(programs, switches):
+    """x87 among integers and MMX: stack faults, NaNs, denormals, exceptions masked and not, instruction pointers."""
+    cases = vectors.sequences(11, 20, {"x87"}) + vectors.sequences(12, 3, {"mmxclass"}) + integers(13, 3)
+    ran, _ = differences([programs / "sequences", "11", "10000"], cases, switches)
+    assert ran == 10000
+
+
+@pytest.mark.parametrize("switches", ["all", "all,noindirect"])
+def test_vector_sequences_as_in_the_interpreter(programs, switches):
+    """SSE and AVX among x87 and integers: alignment, MXCSR with exceptions unmasked, halves of registers."""
+    cases = vectors.sequences(14, 5, {"sseclass", "avxclass"}) + vectors.sequences(15, 5, {"x87"}) + integers(16, 2)
+    ran, _ = differences([programs / "sequences", "14", "10000"], cases, switches)
+    assert ran == 10000
+
+
 LOOP = """
 import os, kvmpy
 #     mov ecx,1000  1: dec ecx  jnz 1b  hlt

@@ -141,6 +141,39 @@ def encode(row: optable.Row, rng: random.Random) -> bytes:
     return RECORD.pack(len(code), code, flags, *skip, kind, row.handler.encode()[:30])
 
 
+def any_address(code: bytes, store: bool, rng: random.Random) -> bytes:
+    """An x87 instruction whose operand is [rbx + disp8], with another way to address memory."""
+    opcode, digit = code[-3:-2], code[-2] & 0x38
+    prefix = rng.choice((b"",) * 6 + (b"\x64", b"\x67", b"\x36"))
+    kind = rng.randrange(12)
+    if kind == 0 and not store:  # [rip + disp32]: the code itself, which a store might turn into an endless loop
+        return code[:-3] + prefix + opcode + bytes([digit | 5]) + struct.pack("<i", rng.randrange(-200, 200))
+    base, index, disp = rng.randrange(16), rng.randrange(16), rng.randrange(-100, 100)
+    if kind < 4:
+        rex = 0x40 | index >> 3 << 1 | base >> 3
+        sib = bytes([0x44 | digit, (0x40 if kind == 1 else 0) | (index & 7) << 3 | base & 7])
+        return code[:-3] + prefix + bytes([rex]) + opcode + sib + struct.pack("b", disp)
+    if base & 7 == 4:
+        base ^= 1
+    rex = bytes([0x40 | base >> 3]) if base > 7 else b""
+    return code[:-3] + prefix + rex + opcode + bytes([0x40 | digit | base & 7]) + struct.pack("b", disp)
+
+
+def sequences(seed: int, count: int, classes: set[str]) -> bytes:
+    """`count` records for native/sequences.c for each row of these classes (of CLASSES)."""
+    rng = random.Random(seed)
+    out = b""
+    for row in rows(host_features()):
+        for _ in range(count if row.attributes & classes else 0):
+            length, code, *_ = RECORD.unpack(encode(row, rng))
+            code = code[:length]
+            if "x87" in row.attributes and row.mod == "m":
+                code = any_address(code, row.jit != "x87", rng)
+            undefined = sum(1 << optable.FLAGS.index(f) for f in row.undefined if f in optable.FLAGS)
+            out += struct.pack("<B15sB7x", len(code), code, undefined)
+    return out
+
+
 def cases(seed: int, count: int, prefix: str = "") -> bytes:
     """`count` records for each row whose handler begins with `prefix`."""
     rng = random.Random(seed)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Sequences of random instructions in a loop, on the interpreter and on the JIT: registers, flags, memory and the place
- * where they stop must be the same. Faults are welcome: they show whether state is exact in the middle of a block.
+ * Sequences of random instructions in a loop, on the interpreter and on the JIT: registers of all kinds, flags, memory
+ * and the place where they stop must be the same. Faults are welcome: they show whether state is exact in the middle
+ * of a block.
  *
  *     sequences SEED ROUNDS [FIRST] < cases    cases: 24-byte records of instructions.py
  */
@@ -41,7 +42,8 @@ void tcg_phys_to_host(struct tcg_vm_core *vm, uint64_t gpa, struct page_info *p)
         p->host = guest_data + (gpa - DATA);
         p->code = &marks[(RAM >> 12) + ((gpa - DATA) >> 12)];
     }
-    p->flags = p->host ? PAGE_RAM : 0;
+    bool tables = gpa >= 0x10000 && gpa < 0x13000; /* when they change, an engine may have walked before or not */
+    p->flags = p->host ? PAGE_RAM | (tables ? PAGE_READONLY : 0) : 0;
 }
 void tcg_mark_dirty(struct cpu *c, uint64_t gpa) { (void)c, (void)gpa; }
 bool tcg_pio(struct cpu *c, uint16_t port, unsigned size, bool w, uint32_t *v) { (void)c, (void)port, (void)size, (void)w; *v = 0; return true; }
@@ -76,13 +78,46 @@ static uint64_t interesting(void)
     }
 }
 
+#include "values.h"
+
 static const char *regs[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"};
 
+struct start {
+    uint64_t gpr[16], rip, flags;
+    struct x87 fpu;
+    uint32_t mxcsr;
+    union vec v[16];
+    uint8_t data[DATA_SIZE];
+};
 struct outcome {
     uint64_t gpr[16], rip, flags, cr2;
     int stop;
+    uint32_t mxcsr;
+    uint16_t cw, sw, tags, fop, fcs, fds;
+    uint64_t fip, fdp;
+    uint8_t st[8][10], v[16][32];
     uint8_t data[DATA_SIZE], ram[RAM];
 };
+
+/* Mostly all masked and nothing pending, as programs have it. */
+static void random_fpu(struct x87 *f)
+{
+    memset(f, 0, sizeof *f);
+    f->cw = (uint16_t)(0x40 | pick(4) << 10 | (pick(2) ? 0x300 : pick(2) ? 0x200 : 0) | (pick(8) ? 0x3f : pick(64)));
+    f->sw = (uint16_t)(rnd() & 0x477f & (pick(8) ? ~0u : 0x4700u));
+    if (f->sw & ~f->cw & 0x3f)
+        f->sw |= 0x8080;
+    f->top = (uint8_t)pick(8);
+    f->valid = pick(8) < 3 ? 0xff : (uint8_t)rnd();
+    if (pick(2)) /* room for two more */
+        f->valid &= (uint8_t)~(1 << ((f->top + 7) & 7) | 1 << ((f->top + 6) & 7));
+    for (unsigned i = 0; i < 8; i++)
+        x87_value(f->r[i].raw);
+    f->fip = rnd() & 0xffff;
+    f->fdp = rnd() & 0xffff;
+    f->fcs = (uint16_t)pick(2);
+    f->fds = (uint16_t)pick(2);
+}
 
 static struct cpu *make_cpu(struct tcg_vm_core *vm, const char *kind)
 {
@@ -102,10 +137,9 @@ static void tired(int number)
     cpu_request(running, CPU_REQ_EXIT);
 }
 
-/* `code` at 0x1000 (or wherever `at` puts it in a page) from these registers and this data. */
-static void run(struct cpu *c, uint64_t at, const uint64_t *gpr, uint64_t flags, const uint8_t *data, struct outcome *o)
+static void run(struct cpu *c, const struct start *s, struct outcome *o)
 {
-    memcpy(guest_data, data, DATA_SIZE);
+    memcpy(guest_data, s->data, DATA_SIZE);
     memcpy(ram, pristine, RAM);
     cpu_flush_code(c);
     memset(marks, 0, ((RAM >> 12) + 2) * 8);
@@ -121,9 +155,12 @@ static void run(struct cpu *c, uint64_t at, const uint64_t *gpr, uint64_t flags,
     c->cr4 = CR4_PAE | 0x600 | CR4_OSXSAVE;
     c->xcr0 = 7;
     c->efer = EFER_LME | EFER_LMA | EFER_SCE;
-    memcpy(c->gpr, gpr, sizeof c->gpr);
-    c->rip = at;
-    cpu_set_rflags(c, flags);
+    memcpy(c->gpr, s->gpr, sizeof c->gpr);
+    c->rip = s->rip;
+    c->fpu = s->fpu;
+    c->mxcsr = s->mxcsr;
+    memcpy(c->v, s->v, sizeof s->v);
+    cpu_set_rflags(c, s->flags);
     cpu_update(c);
     running = c;
     setitimer(ITIMER_REAL, &(struct itimerval){.it_value.tv_usec = 100000}, NULL);
@@ -133,10 +170,49 @@ static void run(struct cpu *c, uint64_t at, const uint64_t *gpr, uint64_t flags,
     o->rip = c->rip;
     o->flags = cpu_rflags(c);
     o->cr2 = c->cr2;
+    o->mxcsr = c->mxcsr;
+    o->cw = c->fpu.cw;
+    o->sw = (uint16_t)(c->fpu.sw | c->fpu.top << 11);
+    o->tags = c->fpu.valid;
+    o->fop = c->fpu.fop;
+    o->fcs = c->fpu.fcs;
+    o->fds = c->fpu.fds;
+    o->fip = c->fpu.fip;
+    o->fdp = c->fpu.fdp;
+    for (unsigned i = 0; i < 8; i++)
+        memcpy(o->st[i], c->fpu.r[i].raw, 10);
+    for (unsigned i = 0; i < 16; i++)
+        memcpy(o->v[i], c->v[i].b, 32);
     memcpy(o->data, guest_data, DATA_SIZE);
     memcpy(o->ram, ram, RAM);
-    for (unsigned i = 0x10000; i < 0x13000; i += 8) /* accessed and dirty: a processor may walk as often as it likes */
-        o->ram[i] &= (uint8_t)~0x60;
+}
+
+static void show(const struct outcome *a, const struct outcome *b)
+{
+    printf("\n  stop %d %d rip %llx %llx flags %llx %llx\n", a->stop, b->stop, (unsigned long long)a->rip, (unsigned long long)b->rip,
+           (unsigned long long)a->flags, (unsigned long long)b->flags);
+    for (int i = 0; i < 16; i++)
+        if (a->gpr[i] != b->gpr[i])
+            printf("  %s %llx %llx\n", regs[i], (unsigned long long)a->gpr[i], (unsigned long long)b->gpr[i]);
+    const struct outcome *both[2] = {a, b};
+    for (int i = 0; i < 2 && memcmp(&a->mxcsr, &b->mxcsr, offsetof(struct outcome, data) - offsetof(struct outcome, mxcsr)); i++) {
+        const struct outcome *o = both[i];
+        printf("  mxcsr %x cw %x sw %x tags %x fop %x fip %x:%llx fdp %x:%llx\n   ", o->mxcsr, o->cw, o->sw, o->tags, o->fop, o->fcs,
+               (unsigned long long)o->fip, o->fds, (unsigned long long)o->fdp);
+        for (int r = 0; r < 8; r++)
+            for (int n = 10; n--;)
+                printf("%s%02x", n == 9 ? " " : "", o->st[r][n]);
+        printf("\n");
+    }
+    for (int i = 0; i < 16; i++)
+        if (memcmp(a->v[i], b->v[i], 32))
+            printf("  ymm%d\n", i);
+    for (int i = 0; i < DATA_SIZE; i++)
+        if (a->data[i] != b->data[i])
+            printf("  data +%x %02x %02x\n", i, a->data[i], b->data[i]);
+    for (unsigned i = 0; i < RAM; i++)
+        if (a->ram[i] != b->ram[i])
+            printf("  %x %02x %02x\n", i, a->ram[i], b->ram[i]);
 }
 
 /* Neighbours that access memory through one base register, moved and used between; `base`: RSP or a low register. */
@@ -178,7 +254,8 @@ int main(int argc, char **argv)
     static struct record list[65536];
     static struct tcg_vm_core vm;
     static struct outcome a, b;
-    static uint8_t data[DATA_SIZE], tables[RAM];
+    static struct start s;
+    static uint8_t tables[RAM];
     unsigned long rounds = argc > 2 ? strtoul(argv[2], NULL, 0) : 1000, first = argc > 3 ? strtoul(argv[3], NULL, 0) : 0, bad = 0, faults = 0;
     size_t all = fread(list, sizeof list[0], 65536, stdin), n = 0;
     for (size_t i = 0; i < all; i++)
@@ -199,10 +276,10 @@ int main(int argc, char **argv)
     }
     vm.ncpu = 1;
     uint64_t *q = (uint64_t *)(ram + 0x10000);
-    q[0] = 0x11003;
-    ((uint64_t *)(ram + 0x11000))[0] = 0x12003;
+    q[0] = 0x11063;
+    ((uint64_t *)(ram + 0x11000))[0] = 0x12063;
     for (uint64_t i = 0; i < 512; i++)
-        ((uint64_t *)(ram + 0x12000))[i] = i << 21 | 0x83;
+        ((uint64_t *)(ram + 0x12000))[i] = i << 21 | 0xe3;
     for (unsigned v = 0; v < 32; v++) { /* an IDT whose handlers are HLT at 0x4000 + 16 * vector */
         uint64_t at = 0x4000 + 16 * v;
         ram[at] = 0xf4;
@@ -217,21 +294,34 @@ int main(int argc, char **argv)
     signal(SIGALRM, tired);
     for (unsigned long round = first; n && round < rounds; round++) {
         seed = strtoull(argc > 1 ? argv[1] : "1", NULL, 0) * 1000003 + round;
-        uint64_t gpr[16], flags = (rnd() & 0x8d5) | 2, at = 0x1000 + (rnd() & 3 ? 0 : 0xfc0 + rnd() % 0x3f); /* or across a page */
         uint8_t code[512];
+        s.flags = (rnd() & 0x8d5) | 2;
+        s.rip = 0x1000 + (rnd() & 3 ? 0 : 0xfc0 + rnd() % 0x3f); /* or across a page */
+        random_fpu(&s.fpu);
+        s.mxcsr = (uint32_t)(rnd() & 0xe07f) | (pick(8) ? 0x1f80 : (uint32_t)rnd() & 0x1f80);
+        for (int i = 0; i < 16; i++)
+            fill(s.v[i].b, 32);
         unsigned size = 0, count = 1 + rnd() % 12;
         for (int i = 0; i < 16; i++)
-            gpr[i] = rnd() & 3 ? DATA + 0x800 + (rnd() & 0x3f0) : interesting();
+            s.gpr[i] = rnd() & 3 ? DATA + 0x800 + (rnd() & 0x3f0) : interesting();
         static const uint8_t bases[] = {RSP, RSP, RBX, RBP, RDI};
         unsigned base = bases[rnd() % 5];
         bool tight = rnd() & 1; /* most accesses near one base, perhaps across a page or out of memory */
-        gpr[RSP] = DATA + 0x1c00;
+        s.gpr[RSP] = DATA + 0x1c00;
         if (tight && rnd() & 1)
-            gpr[base] = DATA + (rnd() & 3 ? 0x1000 : DATA_SIZE) - (rnd() & 0x78);
-        for (int i = 0; i < DATA_SIZE / 8; i++)
-            ((uint64_t *)data)[i] = interesting();
-        data[COUNTER - DATA] = 3;
-        memset(data + (COUNTER - DATA) + 1, 0, 7);
+            s.gpr[base] = DATA + (rnd() & 3 ? 0x1000 : DATA_SIZE) - (rnd() & 0x78);
+        for (int i = 0; i < DATA_SIZE; i += 32) {
+            for (int n = 0; n < 32; n += 8) {
+                uint64_t v = interesting();
+                memcpy(s.data + i + n, &v, 8);
+            }
+            if (!pick(3))
+                fill(s.data + i, 32);
+            else if (!pick(4))
+                x87_value(s.data + i);
+        }
+        s.data[COUNTER - DATA] = 3;
+        memset(s.data + (COUNTER - DATA) + 1, 0, 7);
         for (unsigned i = 0; i < count; i++) {
             if (tight && rnd() & 3) {
                 size += near_access(code + size, base);
@@ -253,29 +343,19 @@ int main(int argc, char **argv)
         size += 4;
         code[size++] = 0xf4;
         memcpy(pristine, tables, RAM);
-        memcpy(pristine + at, code, size);
-        run(interp, at, gpr, flags, data, &a);
-        run(jit, at, gpr, flags, data, &b);
+        memcpy(pristine + s.rip, code, size);
+        run(interp, &s, &a);
+        run(jit, &s, &b);
         if (a.stop == TCG_STOP_CANCEL || b.stop == TCG_STOP_CANCEL)
             continue;
         faults += a.rip >= 0x4000 && a.rip < 0x4200;
         if (!memcmp(&a, &b, sizeof a))
             continue;
         if (bad++ < 20) {
-            printf("round %lu at %llx:", round, (unsigned long long)at);
-            for (unsigned i = 0; i < size; i++)
-                printf(" %02x", code[i]);
-            printf("\n  stop %d %d rip %llx %llx flags %llx %llx\n", a.stop, b.stop, (unsigned long long)a.rip, (unsigned long long)b.rip,
-                   (unsigned long long)a.flags, (unsigned long long)b.flags);
-            for (int i = 0; i < 16; i++)
-                if (a.gpr[i] != b.gpr[i])
-                    printf("  %s %llx %llx\n", regs[i], (unsigned long long)a.gpr[i], (unsigned long long)b.gpr[i]);
-            for (int i = 0; i < DATA_SIZE; i++)
-                if (a.data[i] != b.data[i])
-                    printf("  data +%x %02x %02x\n", i, a.data[i], b.data[i]);
-            for (unsigned i = 0; i < RAM; i++)
-                if (a.ram[i] != b.ram[i])
-                    printf("  %x %02x %02x\n", i, a.ram[i], b.ram[i]);
+            printf("round %lu at %llx:", round, (unsigned long long)s.rip);
+            for (unsigned n = 0; n < size; n++)
+                printf(" %02x", code[n]);
+            show(&a, &b);
         }
     }
     printf("%lu sequences, %lu faults, %lu differences\n", rounds, faults, bad);
