@@ -129,9 +129,9 @@ with kvmpy.Vm("tcg") as vm:
 
 def test_misaligned_vector_in_page_0():
     """Its address and its misalignment once made the tag of an empty softTLB entry, and so an access to host memory."""
-    done = subprocess.run(
-        [sys.executable, "-c", MISALIGNED], capture_output=True, text=True, timeout=60, env=os.environ | EAGER, check=True
-    )
+    env = os.environ | EAGER
+    command = [sys.executable, "-c", MISALIGNED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=True)
     assert done.stdout == "Shutdown() 0x1013\n"  # #GP without an IDT
 
 
