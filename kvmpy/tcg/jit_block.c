@@ -408,6 +408,7 @@ bool jit_compile(struct cpu *c, struct block *b)
 
     memset(&e, 0, offsetof(struct emit, slow));
     e.nslow = e.nleave = e.helpers = 0;
+    e.masked = false; /* by the block before, perhaps */
     size_t used = j->used;
     e.a = (struct place_of_code){j->write + j->hot, j->run - j->write};
     e.k = (struct place_of_code){j->write + j->cold, j->run - j->write};
