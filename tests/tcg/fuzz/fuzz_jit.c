@@ -59,7 +59,7 @@ static bool run(const uint8_t *data, size_t size, bool host_code, struct end *en
     while (goes_on) {
         stop = cpu_run(c);
         if (tracing)
-            fprintf(stderr, "%s: stop %d, %x:%llx\n", host_code ? "jit" : "interpreter", stop, c->seg[SEG_CS].sel, (unsigned long long)c->rip);
+            fprintf(stderr, "%s: stop %d, %x:%llx, mxcsr %x\n", host_code ? "jit" : "interpreter", stop, c->seg[SEG_CS].sel, (unsigned long long)c->rip, c->mxcsr);
         check_registers(c);
         if (stop == TCG_STOP_IO)
             guest_answer(c);

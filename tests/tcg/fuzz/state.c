@@ -290,6 +290,7 @@ void guest_reset(const uint8_t *data, size_t size)
         power_on = *c;
         have_power_on = true;
     }
+    guest.kicks = 0; /* before it is forgotten that one was wanted */
     *c = power_on;
     c->cache = cache;
     memset(&guest.h, 0, sizeof guest.h);
@@ -301,7 +302,6 @@ void guest_reset(const uint8_t *data, size_t size)
     guest.seed = mix(guest.h.seed[0] | (uint64_t)guest.h.seed[1] << 8 | 0x10000);
     guest.vm.seed = guest.seed;
     guest.asked = guest.interrupts = 0;
-    guest.kicks = 0;
 
     memset(guest.ram, 0, (PAGES + HIGH_PAGES) * 4096ul);
     memset(guest.reported, 0, sizeof guest.reported);
