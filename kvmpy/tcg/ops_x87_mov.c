@@ -30,7 +30,8 @@ static inline void push_checked(struct cpu *c, const struct uop *u, const x87_re
     }
     x87_push(c, u, v);
 }
-/* The host's own flags are among the guest's by push_checked(); an unmasked one is not raised on the host. */
+/* The host's own flags are among the guest's by push_checked(); an unmasked one, or any of a load on a full stack, is not
+ * raised on the host. */
 #define FLD_HOST(insn, value) __asm__ volatile(insn " %1\n\tfstpt %0" : X80_OUT(&r) : "m"(value) : "st")
 #define FLD(name, bits, insn, fraction, top)                                                                       \
     OP(name##_m)                                                                                                 \
@@ -39,7 +40,7 @@ static inline void push_checked(struct cpu *c, const struct uop *u, const x87_re
         uint##bits##_t v = ld##bits(c, u, ea(c, u));                                                             \
         unsigned flags = load_flags(v, fraction, top);                                                           \
         x87_reg r = {.mant = 0};                                                                                 \
-        if (likely(!(flags & ~c->fpu.cw)))                                                                       \
+        if (likely(!(flags & ~c->fpu.cw) && x87_empty(c, 7)))                                                    \
             FLD_HOST(insn, v);                                                                                   \
         push_checked(c, u, &r, flags);                                                                           \
         NEXT_RETURN;                                                                                             \
