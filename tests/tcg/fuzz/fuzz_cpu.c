@@ -40,8 +40,8 @@ static struct ran run(const uint8_t *data, size_t size, unsigned slice, struct e
         stop = cpu_run(c);
         ran.kicked = guest.kicks > 0;
         if (tracing)
-            fprintf(stderr, "%llu: stop %d, %x:%llx, mxcsr %x\n", (unsigned long long)cpu_insns(c), stop, c->seg[SEG_CS].sel,
-                    (unsigned long long)c->rip, c->mxcsr);
+            fprintf(stderr, "%llu: stop %d, %x:%llx, mxcsr %x, sw %x\n", (unsigned long long)cpu_insns(c), stop, c->seg[SEG_CS].sel,
+                    (unsigned long long)c->rip, c->mxcsr, c->fpu.sw);
         check_registers(c);
         ran.paging |= c->cr3 != cr3 || c->cr0 != cr0 || c->cr4 != cr4;
         switch (stop) {
