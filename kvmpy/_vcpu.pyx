@@ -29,7 +29,17 @@ cdef extern from "kick.h" nogil:
     void kick_after_fork()
     long run_once(const kvmpy_engine *engine, int handle, kvm_run *run, kvmpy_target *target, int *kicked)
     bint kick_was_late()
+    bint in_main_thread()
     int pthread_atfork(void (*prepare)() noexcept, void (*parent)() noexcept, void (*child)() noexcept)
+
+cdef extern from "nudge.h" nogil:
+    int nudge_start(int number)
+    void nudge_after_fork()
+    void nudge_begin()
+    void nudge_end()
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
 
 cdef extern from "rings.h" nogil:
     struct kvm_coalesced_mmio:
@@ -68,6 +78,7 @@ cdef enum:
 cdef int kick_signal = 0
 
 pthread_atfork(NULL, NULL, &kick_after_fork)
+pthread_atfork(NULL, NULL, &nudge_after_fork)
 
 
 cdef int claim_signal() except -1:
@@ -151,6 +162,8 @@ cdef class Vcpu(VcpuState):
         if self.gate != &self.own_gate:
             while gate_take(&self.own_gate, GATE_CLOSED) == GATE_BUSY:
                 PyErr_CheckSignals()
+                with nogil:  # who is inside may want it
+                    sched_yield()
         return self.unmap()
 
     cdef int unmap(self) except -1:
@@ -174,14 +187,19 @@ cdef class Vcpu(VcpuState):
 
         KVM_RUN, api.rst 4.10.
 
-        The GIL is released meanwhile. EINTR lets Python's signal handlers run (Ctrl-C raises KeyboardInterrupt), then
-        gives Interrupted(). StateError if the vCPU is closed or another thread runs it; KvmError if KVM refuses.
+        The GIL is released meanwhile. A signal lets Python's signal handlers run (Ctrl-C raises KeyboardInterrupt), then
+        gives Interrupted(); the guest goes on when another thread than this one took the signal. StateError if the vCPU is closed or another thread runs it; KvmError if KVM refuses.
         """
         cdef long result
         cdef int kicked = 0, blocked
         cdef RunPage page = self.page
+        cdef bint main_thread = in_main_thread()
         if self.handle < 0:
             raise StateError("Vcpu is closed")
+        if main_thread:
+            blocked = nudge_start(kick_signal)
+            if blocked:
+                raise KvmError(-blocked, "pthread_create", "the thread that watches for signals")
         PyErr_CheckSignals()  # a signal that is here already would not end KVM_RUN
         while True:
             blocked = gate_take(&page.gate, GATE_RUNNING)
@@ -189,7 +207,11 @@ cdef class Vcpu(VcpuState):
                 why = "closed" if blocked == GATE_CLOSED else "in use by another thread"
                 raise StateError(f"Vcpu {self.id} is {why}")
             with nogil:
+                if main_thread:
+                    nudge_begin()
                 result = run_once(self.engine, self.handle, page.run, &self.target, &kicked)
+                if main_thread:
+                    nudge_end()
             try:
                 if result >= 0:
                     return decode_page(page)

@@ -110,8 +110,8 @@ def test_signal_handlers_run_and_may_raise(guest):
     vcpu = guest(SPIN).vcpu
     old = signal.signal(signal.SIGALRM, handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(Stop):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
             vcpu.run()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -126,11 +126,40 @@ def test_signal_without_exception_gives_interrupted(guest):
     vcpu = guest(SPIN).vcpu
     old = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # again: before run() it would be seen too early
         assert vcpu.run() == Interrupted()
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
-    assert seen == [1]
+    assert seen
+
+
+def test_a_signal_that_another_thread_took_is_seen(guest):
+    """Handlers run in the main thread alone, whoever the kernel gave the signal to."""
+
+    class Stop(Exception):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Stop
+
+    def other() -> None:
+        wait_until(lambda: vcpu.running)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    vcpu = guest(SPIN).vcpu
+    watchdog = threading.Timer(20, vcpu.kick)
+    thread = threading.Thread(target=other)
+    old = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(Stop):
+            watchdog.start()
+            thread.start()
+            vcpu.run()
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+        watchdog.cancel()
+        thread.join(10)
 
 
 def test_blocked_signals_wait_until_after_the_run(guest):
