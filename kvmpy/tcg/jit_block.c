@@ -35,7 +35,7 @@ OP(jit_top)
 }
 OP(jit_load)
 {
-    c->scratch[1] = ld64(c, u, ea(c, u));
+    c->scratch[1] = u->seg == SEG_SS ? ldstk64(c, u, ea(c, u)) : ld64(c, u, ea(c, u)); /* #SS or #GP where it is not canonical */
     NEXT;
 }
 
