@@ -5,8 +5,8 @@
  * An input (guest.h) runs in the interpreter first. If it comes to an end by itself within some instructions (HLT,
  * triple fault, an error; handlers of exceptions mostly lead to HLT) it runs again, each block as host code from its first
  * time on, and must come to the same end bit by bit. Host code counts instructions too low and looks at requests at fewer
- * places, so nothing here depends on either: no interrupts come, time stands still, and the second run has no limit; it
- * is kicked at times, which no guest can see, and when it has been too often it will never end.
+ * places, so nothing here depends on either: no interrupts come, time stands still, and the second run has no limit but a
+ * minute of kicks. A kicked run is not compared, for a REP that overwrites itself shows the kick.
  *
  * Two things may differ: flags that the manual leaves undefined (doubt.h), and anything once page tables changed, as it is
  * up to a processor how long a translation lives on.
@@ -43,7 +43,7 @@ static uint64_t translations(const struct cpu *c)
     return sum;
 }
 
-/* False: no end, or page tables changed. */
+/* False: no end, a kick, or page tables changed. */
 static bool run(const uint8_t *data, size_t size, bool host_code, struct end *end)
 {
     struct cpu *c = guest.cpu;
@@ -69,7 +69,7 @@ static bool run(const uint8_t *data, size_t size, bool host_code, struct end *en
     check_dirty_log();
     end_take(end, stop);
     blocks += c->stat.jit_blocks;
-    return stop != TCG_STOP_CANCEL && stop != TCG_STOP_IO && translations(c) == before;
+    return stop != TCG_STOP_CANCEL && stop != TCG_STOP_IO && !guest.kicks && translations(c) == before;
 }
 
 static void tell(void)
