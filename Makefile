@@ -23,6 +23,7 @@ lint: build
 # Each fuzz target for SECONDS (needs clang with libFuzzer).
 fuzz: build
 	$(PYTHON) tools/fuzz.py cpu --seconds $(SECONDS)
+	$(PYTHON) tools/fuzz.py jit --seconds $(SECONDS)
 	$(PYTHON) tools/fuzz.py machine --seconds $(SECONDS)
 	$(RUN) tools/fuzz.py virtio --seconds $(SECONDS)
 	$(RUN) tools/fuzz.py qcow2 --seconds $(SECONDS)

@@ -55,13 +55,28 @@ static inline void kick_send(const struct kvmpy_engine *engine, int handle, stru
     if (engine->kick)
         engine->kick(handle);
     int thread = atomic_load(target);
-    if (thread > 0 && atomic_compare_exchange_strong(target, &thread, -thread)) {
-        syscall(SYS_tgkill, getpid(), thread, signal);
-        atomic_store(target, thread);
-    }
+    while (thread)
+        if (thread < 0) { /* the signal of that kick may have come before our immediate_exit */
+            sched_yield();
+            thread = atomic_load(target);
+        } else if (atomic_compare_exchange_weak(target, &thread, -thread)) {
+            syscall(SYS_tgkill, getpid(), thread, signal);
+            atomic_store(target, thread);
+            return;
+        }
 }
 
-static __thread int kvmpy_thread;
+static __thread int kvmpy_thread, kvmpy_process;
+
+/* Is this the process' first thread, in which Python runs signal handlers? */
+static inline bool in_main_thread(void)
+{
+    if (!kvmpy_thread) {
+        kvmpy_thread = (int)syscall(SYS_gettid);
+        kvmpy_process = getpid();
+    }
+    return kvmpy_thread == kvmpy_process;
+}
 
 /* A forked child has one thread, with a new id. */
 static inline void kick_after_fork(void)
@@ -77,8 +92,7 @@ static inline long run_once(const struct kvmpy_engine *engine, int handle, struc
 {
     long result;
 
-    if (!kvmpy_thread)
-        kvmpy_thread = (int)syscall(SYS_gettid);
+    in_main_thread();
     int thread = kvmpy_thread;
     run->exit_reason = KVM_EXIT_UNKNOWN; /* so that an error that fills kvm_run can be told from a stale exit */
     kvmpy_kick_seen = 0;

@@ -119,7 +119,9 @@ struct x87 {
 /* ---- softTLB: see tlb.c. Offsets and sizes here are known to the JIT. ---- */
 #define TLB_BITS 11 /* 512 entries miss 12 million times while Linux 6.1 unpacks itself, these half a million */
 #define TLB_SIZE (1u << TLB_BITS)
-#define TLB_INVALID 0x800ull /* in a tag: never equal to a page address, not even with the low bits of a misaligned one (jit_insn.c) */
+/* In a tag: never equal to a page address, nor to one with some of the lowest five bits, which the JIT leaves in to see a
+ * misaligned vector; so the access takes the slow path. */
+#define TLB_INVALID 0x800ull
 struct tlb_entry {
     uint64_t rd, wr, ex;  /* linear page address that may be accessed so, or one with low bits set */
     uintptr_t addend;     /* host address = linear address + addend */

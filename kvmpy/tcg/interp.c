@@ -370,6 +370,10 @@ static enum tcg_stop run(struct cpu *c)
     if (c->io.state == IO_DONE)
         io_answered(c);
     cpu_request(c, CPU_REQ_LINES);
+    if (c->deadline < c->insns_end) { /* it came nearer meanwhile: the budget ends here, refill() plans anew */
+        c->insns_end = cpu_insns(c);
+        c->budget = 0;
+    }
     switch (setjmp(c->escape)) {
     case ESCAPE_FAULT:
         c->io.answered = c->io.taken = 0;

@@ -17,6 +17,7 @@
 #include "optable.h"
 
 #define MAX_INSNS 64
+#define FARTHEST ((1ll << 31) - 8192) /* of targets of links: pages are added and taken back as 32-bit immediates */
 
 OP_DECL(fall);
 OP_DECL(sti);
@@ -35,7 +36,7 @@ OP(jit_top)
 }
 OP(jit_load)
 {
-    c->scratch[1] = ld64(c, u, ea(c, u));
+    c->scratch[1] = u->seg == SEG_SS ? ldstk64(c, u, ea(c, u)) : ld64(c, u, ea(c, u)); /* #SS or #GP where it is not canonical */
     NEXT;
 }
 
@@ -303,21 +304,22 @@ static bool terminator(struct emit *e, const struct decoded *d)
     uint32_t at = e->start + d->uop.off, behind = at + d->uop.len;
     int64_t target = (int64_t)d->uop.imm, next = d->uop.off + d->uop.len;
     const struct oprow *r = d->row;
+    bool near = target > -FARTHEST && target < FARTHEST;
     jit_flush_vectors(e);
     switch (r ? r->jit : JIT_NONE) {
     case JIT_JCC:
-        if (d->cond == 0xff)
+        if (d->cond == 0xff || !near)
             return false;
         jit_need_eflags(e);
         branch(e, d->cond, target, next);
         return true;
     case JIT_JMP:
-        if (d->enc.osize != 8)
+        if (d->enc.osize != 8 || !near)
             return false;
         go(e, &e->a, 0, target);
         return true;
     case JIT_CALL:
-        if (d->enc.osize != 8)
+        if (d->enc.osize != 8 || !near)
             return false;
         push_return(e, d, behind);
         go(e, &e->a, 0, target);

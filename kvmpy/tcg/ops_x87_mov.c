@@ -30,7 +30,8 @@ static inline void push_checked(struct cpu *c, const struct uop *u, const x87_re
     }
     x87_push(c, u, v);
 }
-/* The host's own flags are among the guest's by push_checked(): what that does not take over is not loaded on the host. */
+/* The host's own flags are among the guest's by push_checked(); an unmasked one, or any of a load on a full stack, is not
+ * raised on the host. */
 #define FLD_HOST(insn, value) __asm__ volatile(insn " %1\n\tfstpt %0" : X80_OUT(&r) : "m"(value) : "st")
 #define FLD(name, bits, insn, fraction, top)                                                                       \
     OP(name##_m)                                                                                                 \

@@ -357,8 +357,13 @@ def handler_names(row: Row) -> list[list[list[str]]]:
     return names
 
 
-def _flag_mask(flags: str) -> int:
+def flag_mask(flags: str) -> int:
     return sum(1 << FLAGS.index(f) for f in flags if f in FLAGS)
+
+
+def in_table_order(rows: list[Row]) -> list[Row]:
+    """As the C table has them: by opcode; a row without a prefix of its own comes after those with one."""
+    return sorted(rows, key=lambda row: (row.vex, row.map, row.opcode, row.prefix in (0, 1)))
 
 
 def generate(rows: list[Row]) -> tuple[str, str]:
@@ -367,13 +372,9 @@ def generate(rows: list[Row]) -> tuple[str, str]:
     bodies: list[str] = []
     pool: dict[tuple[str, ...], int] = {}
     pool_text: list[str] = []
-    order = sorted(
-        range(len(rows)), key=lambda i: (rows[i].vex, rows[i].map, rows[i].opcode, rows[i].prefix in (0, 1), i)
-    )
     first: dict[int, int] = {}
     count: dict[int, int] = {}
-    for position, i in enumerate(order):
-        row = rows[i]
+    for position, row in enumerate(in_table_order(rows)):
         names = handler_names(row)
         flat = tuple(n for by_size in names for by_mem in by_size for n in by_mem)
         for n in flat:
@@ -396,7 +397,7 @@ def generate(rows: list[Row]) -> tuple[str, str]:
         size = {"v": 1, "y": 2, "x": 3, "8": 4, "": 0}[size_class(row)]
         fields = [f'"{row.mnemonic}"', row.prefix, row.digit, mod, row.rm, row.w, row.length, int(row.modrm), size]
         fields += ["{" + ", ".join(kinds) + "}", "{" + ", ".join(map(str, feats[:3])) + "}"]
-        fields += [_flag_mask(row.written) | _flag_mask(row.undefined), _flag_mask(row.read), pool[flat], attrs]
+        fields += [flag_mask(row.written) | flag_mask(row.undefined), flag_mask(row.read), pool[flat], attrs]
         fields += [f"JIT_{row.jit.upper()}", *row.vec]
         bodies.append("    {" + ", ".join(map(str, fields)) + "},")
     header = [

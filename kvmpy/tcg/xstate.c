@@ -112,7 +112,8 @@ void xstate_zero_upper(const struct cpu *c, struct decoded *d)
     if (!(c->carried & XSTATE_ZMM_HI256) || !d->row || !(d->row->attrs & OPA_AVXCLASS) || d->row->written || d->has_prefix)
         return;
     unsigned kind = d->row->operand[0] & 0xff;
-    if (kind && kind != 'V' && kind != 'H' && kind != 'W' && kind != 'U')
+    bool stored = kind == 'W' && d->enc.mem;
+    if (stored || (kind && kind != 'V' && kind != 'H' && kind != 'W' && kind != 'U'))
         return; /* to memory or a general register */
     d->prefix = (struct uop){.fn = op_zero_upper, .d = kind ? d->uop.d : ALL_REGISTERS, .base = REG_ZERO, .index = REG_ZERO};
     d->has_prefix = true;

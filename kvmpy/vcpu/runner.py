@@ -8,7 +8,9 @@ when every vCPU has halted. The first outcome or exception wins.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from kvmpy.errors import StateError
@@ -16,6 +18,7 @@ from kvmpy.vcpu.loop import Loop, Outcome
 from kvmpy.vcpu.thread import State, VcpuThread
 
 log = logging.getLogger("kvmpy.vcpu")
+LOOK = 0.5  # seconds: Python does not see a signal that comes just before it waits for a lock, or to another thread
 
 
 class Runner:
@@ -79,10 +82,14 @@ class Runner:
         """
         if any(thread.is_current() for thread in self.threads):
             raise StateError("wait() in a vCPU's own thread would never return; return an Outcome instead")
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         try:
             with self._changed:
-                if not self._changed.wait_for(lambda: self._live == 0, timeout):
-                    raise TimeoutError(f"the guest is still running after {timeout} s")
+                while self._live:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise TimeoutError(f"the guest is still running after {timeout} s")
+                    self._changed.wait(min(left, LOOK))
         except KeyboardInterrupt:
             self.stop()
             self.join(timeout=5)

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 import kvmpy
 from kvmpy import guests
+from kvmpy.boot.cpuid import CpuidPolicy
 from kvmpy.guests.init import parameters
 from tests.conftest import why_not
 
@@ -38,6 +41,33 @@ def test_two_runs_are_the_same(requires_tcg):
     first = run_once(7)
     assert first == run_once(7)
     assert len({exit for exit, _ in first}) == 20  # time goes on
+
+
+# x2APIC on, its timer at vector 0x20, divided by 1, 1000 ns from now; sti; then count in BX.
+SHORT_TIMER = bytes.fromhex(
+    "66b91b0000000f32660d000c00000f30 66b90f0800006631d266b8ff0100000f30 66b93208000066b8200000000f30"
+    "66b93e08000066b80b0000000f30 66b93808000066b8e80300000f30 fb 43 ebfd"
+)
+# rdtsc; out 0x10, eax; EOI; the timer once more; iret
+AGAIN = bytes.fromhex("0f3166e710 6631d26631c066b90b0800000f30 66b93808000066b8e80300000f30 cf")
+
+
+def test_a_timer_that_is_set_while_running_comes_in_time(requires_tcg):
+    with kvmpy.Vm("tcg", deterministic=1) as vm:
+        vm.create_irqchip()
+        vm.add_ram(0, size=0x10000)
+        vm.memory.write(0x1000, SHORT_TIMER)
+        vm.memory.write(0x2000, AGAIN)
+        vm.memory.put_u32(0x20 * 4, 0x2000)
+        vcpu = vm.create_vcpu()
+        vcpu.cpuid = CpuidPolicy(vm.kvm.get_supported_cpuid(), "host").kvm_entries(0)
+        vcpu.enter_real_mode(0x1000)
+        regs = vcpu.regs
+        regs.rsp = 0x8000
+        vcpu.regs = regs
+        at = [int.from_bytes(vcpu.run().data, "little") for _ in range(4)]
+    between = [b - a for a, b in pairwise(at)]  # the handler is ten instructions
+    assert all(1000 <= n <= 1020 for n in between), between
 
 
 def test_only_one_vcpu(requires_tcg):

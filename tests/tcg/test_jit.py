@@ -130,6 +130,27 @@ with kvmpy.Vm("tcg") as vm:
 """
 
 
+MISALIGNED = """
+import kvmpy
+#     mov rax,cr4  or eax,OSFXSR  mov cr4,rax  movaps xmm0,[0x2000]  movaps xmm1,[1]  hlt
+CODE = bytes.fromhex("0f20e0 0d00020000 0f22e0 0f28042500200000 0f280c2501000000 f4")
+with kvmpy.Vm("tcg") as vm:
+    vm.add_ram(0, size=0x20000)
+    vm.memory.write(0x1000, CODE)
+    vcpu = vm.create_vcpu()
+    vcpu.enter_long_mode(0x1000)
+    print(vcpu.run(), hex(vcpu.regs.rip))
+"""
+
+
+def test_misaligned_vector_in_page_0():
+    """Its address and its misalignment once made the tag of an empty softTLB entry, and so an access to host memory."""
+    env = os.environ | EAGER
+    command = [sys.executable, "-c", MISALIGNED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=True)
+    assert done.stdout == "Shutdown() 0x1013\n"  # #GP without an IDT
+
+
 def test_code_has_names_for_perf():
     """KVMPY_JIT=perf: START SIZE name, hexadecimal, as tools/perf/Documentation/jit-interface.txt has it."""
     env = os.environ | {"KVMPY_TCG": "jit", "KVMPY_JIT": "perf"}

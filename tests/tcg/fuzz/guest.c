@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 struct guest guest;
@@ -191,3 +192,31 @@ bool tcg_hypercall(struct cpu *c)
     return true;
 }
 void tcg_wake(struct cpu *c) { (void)c; }
+
+/* ---- kicks ---- */
+
+static int most_kicks;
+
+static void kick(int signal)
+{
+    (void)signal;
+    if (++guest.kicks > most_kicks) {
+        static const char text[] = "kicked for a minute, still running\n";
+        ssize_t n = write(2, text, sizeof text - 1);
+        (void)n;
+        abort();
+    }
+    cpu_request(guest.cpu, CPU_REQ_EXIT);
+}
+
+void guest_kick_every(unsigned ms)
+{
+    most_kicks = (int)(60000 / ms);
+    struct sigaction action = {.sa_handler = kick, .sa_flags = SA_RESTART};
+    sigaction(SIGVTALRM, &action, NULL);
+    struct itimerval every = {{0, ms * 1000}, {0, ms * 1000}};
+    if (setitimer(ITIMER_VIRTUAL, &every, NULL)) {
+        perror("setitimer");
+        exit(2);
+    }
+}

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The small machine around the core that fuzz_cpu.c drives: guest memory in which every page stands alone between
- * inaccessible ones, so that a byte too far ends the process; ports and devices that answer by their address; and the
- * state a processor begins in, made from an input.
+ * The small machine around the core that fuzz_cpu.c and fuzz_jit.c drive: guest memory in which every page stands alone
+ * between inaccessible ones, so that a byte too far ends the process; ports and devices that answer by their address; and
+ * the state a processor begins in, made from an input.
  */
 #ifndef FUZZ_GUEST_H
 #define FUZZ_GUEST_H
 
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -48,6 +49,7 @@ struct guest {
     uint64_t seed;
     uint32_t asked;                          /* times somebody looked at the TSC */
     uint32_t interrupts;                     /* taken so far */
+    volatile sig_atomic_t kicks;             /* since guest_reset() */
 };
 
 extern struct guest guest;
@@ -71,5 +73,8 @@ bool guest_is_logged(int page);
 /* Memory and processor as the input says; the same input gives the same, byte by byte. */
 void guest_reset(const uint8_t *data, size_t size);
 void guest_answer(struct cpu *c);           /* what user space would, for TCG_STOP_IO */
+/* From now on kicks, as the engine's ticker gives them: the core has to leave soon, wherever it is. An input that takes
+ * a minute of processor time ends the process; less would not do, as a bus lock can take some hosts a second. */
+void guest_kick_every(unsigned ms);
 
 #endif

@@ -6,6 +6,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define MUST(condition)                                                                  \
     do {                                                                                 \
@@ -67,5 +68,18 @@ void check_translations(const struct cpu *c)
                 MUST(!guest_is_logged(page) || guest.reported[page]);
                 MUST(!atomic_load(&guest.code[page]));
             }
+        }
+}
+
+static uint8_t before[(PAGES + HIGH_PAGES) * 4096ul];
+void remember_memory(void) { memcpy(before, guest.ram, sizeof before); }
+
+/* Pages that changed must have been reported, and ROM (which the core cannot write) must be as it was. */
+void check_dirty_log(void)
+{
+    for (int page = LOGGED_FIRST; page <= LOGGED_LAST; page++)
+        if (!guest.reported[page] && memcmp(before + 4096 * page, guest_ram(page), 4096)) {
+            fprintf(stderr, "page %#x was written and is not in the dirty log\n", page);
+            abort();
         }
 }

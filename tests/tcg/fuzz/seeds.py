@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs for a fuzz target to begin with; the same seed gives the same files.
 
-    python tests/tcg/fuzz/seeds.py cpu FOLDER [PER_ROW [SEED]]
+    python tests/tcg/fuzz/seeds.py cpu|jit FOLDER [PER_ROW [SEED]]
     python tests/tcg/fuzz/seeds.py machine FOLDER [COUNT [SEED]]
 
 For the core: every form of the instruction table, in every mode; an input is the header of guest.h and a few
-instructions. For the machine: requests by chance, since any bytes are a sequence of them.
+instructions. For the JIT: 64-bit code in loops that end. For the machine: requests by chance, since any bytes are a
+sequence of them.
 """
 
 from __future__ import annotations
@@ -113,9 +114,38 @@ def cpu_inputs(per_row: int, seed: int) -> list[bytes]:
     return made
 
 
+def loop(body: bytes, counter: int, times: int) -> bytes:
+    """MOV counter, times; the body; DEC counter; JNZ to it. Prefixes as for R8 to R15 where there is need."""
+    high = counter >> 3
+    start = bytes([0x40 | high, 0xB8 | counter & 7]) + struct.pack("<I", times)
+    end = bytes([0x40 | high, 0xFF, 0xC8 | counter & 7])
+    back = -(len(body) + len(end))
+    jump = b"\x75" + struct.pack("<b", back - 2) if back >= -126 else b"\x0f\x85" + struct.pack("<i", back - 6)
+    return start + body + end + jump
+
+
+def jit_inputs(per_row: int, seed: int) -> list[bytes]:
+    """`per_row` loops around each row of the table and some others; a call of the next one at times."""
+    rng = random.Random(seed)
+    rows = [row for row in optable.load() if row.handler != "hlt"]
+    plain = [row for row in rows if row.jit not in ("none", "jcc", "jmp", "call", "jmpind", "callind", "ret")]
+    made = []
+    for row in rows:
+        for _ in range(per_row):
+            body = [encode(one, rng, LONG) for one in (*rng.choices(plain, k=rng.randrange(5)), row)]
+            rng.shuffle(body)
+            counter = rng.choice([n for n in range(16) if n != 4])
+            code = loop(b"".join(body), counter, rng.choice((1, 2, 3, 30)))
+            if rng.random() < 0.2:  # call over a HLT; what follows returns to it
+                code = b"\xe8\x01\x00\x00\x00\xf4" + code + b"\xc3"
+            made.append(header(rng, LONG) + code)
+    return made
+
+
 def main(target: str, folder: str, count: str = "", seed: str = "1") -> None:
     """Write them as FOLDER/seed-N."""
-    made = cpu_inputs(int(count or 1), int(seed)) if target == "cpu" else machine_inputs(int(count or 200), int(seed))
+    make, usual = {"cpu": (cpu_inputs, 1), "jit": (jit_inputs, 1), "machine": (machine_inputs, 200)}[target]
+    made = make(int(count or usual), int(seed))
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(made):

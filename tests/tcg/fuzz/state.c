@@ -290,6 +290,7 @@ void guest_reset(const uint8_t *data, size_t size)
         power_on = *c;
         have_power_on = true;
     }
+    guest.kicks = 0; /* before it is forgotten that one was wanted */
     *c = power_on;
     c->cache = cache;
     memset(&guest.h, 0, sizeof guest.h);
