@@ -19,14 +19,10 @@ cdef extern from "rings.h" nogil:
 cdef class Vcpu(VcpuState):
     cdef RunPage page
     cdef kvmpy_target target        # the thread that is in KVM_RUN
-    cdef uint64_t mask              # of signals, that KVM_RUN has
-    cdef bint own_mask              # set_signal_mask() has set it
-    cdef bint main_mask             # run() has, for the main thread
     cdef kvm_dirty_gfn *ring        # the dirty ring, if the VM has them
     cdef uint32_t ring_size         # entries
     cdef uint32_t ring_next         # first entry not yet collected
 
-    cdef int mask_inside(self, bint main_thread, uint64_t outside) except -1
     cdef int need_sync(self, uint64_t sets) except -1
     cdef int hold(self) except -1
     cdef void unhold(self) noexcept

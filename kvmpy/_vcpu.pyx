@@ -37,10 +37,6 @@ cdef extern from "nudge.h" nogil:
     void nudge_after_fork()
     void nudge_begin()
     void nudge_end()
-    uint64_t signals_hold()
-    void signals_release(uint64_t mask)
-    long signals_inside(const kvmpy_engine *engine, int handle, const uint64_t *mask)
-    bint signals_only_nudge(uint64_t inside)
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -197,40 +193,26 @@ cdef class Vcpu(VcpuState):
         cdef long result
         cdef int kicked = 0, blocked
         cdef RunPage page = self.page
-        cdef bint main_thread = in_main_thread(), again = True
-        cdef uint64_t outside = 0
+        cdef bint main_thread = in_main_thread()
         if self.handle < 0:
             raise StateError("Vcpu is closed")
-        PyErr_CheckSignals()  # a signal that is here already would not end KVM_RUN
         if main_thread:
             blocked = nudge_start(kick_signal)
             if blocked:
                 raise KvmError(-blocked, "pthread_create", "the thread that watches for signals")
+        PyErr_CheckSignals()  # a signal that is here already would not end KVM_RUN
         while True:
             blocked = gate_take(&page.gate, GATE_RUNNING)
             if blocked:
                 why = "closed" if blocked == GATE_CLOSED else "in use by another thread"
                 raise StateError(f"Vcpu {self.id} is {why}")
-            try:
+            with nogil:
                 if main_thread:
-                    outside = signals_hold()
-                try:
-                    if main_thread or self.main_mask:
-                        self.mask_inside(main_thread, outside)
-                    again = True
-                    while again:
-                        if main_thread:
-                            PyErr_CheckSignals()
-                        with nogil:
-                            if main_thread:
-                                nudge_begin()
-                            result = run_once(self.engine, self.handle, page.run, &self.target, &kicked)
-                            if main_thread:
-                                nudge_end()
-                        again = main_thread and result == NO_EINTR and not kicked and signals_only_nudge(self.mask)
-                finally:
-                    if main_thread:
-                        signals_release(outside)
+                    nudge_begin()
+                result = run_once(self.engine, self.handle, page.run, &self.target, &kicked)
+                if main_thread:
+                    nudge_end()
+            try:
                 if result >= 0:
                     return decode_page(page)
                 if result == NO_EINTR:
@@ -243,17 +225,6 @@ cdef class Vcpu(VcpuState):
                     raise error(result, KVM_RUN)
             finally:
                 gate_release(&page.gate, GATE_RUNNING)
-
-    cdef int mask_inside(self, bint main_thread, uint64_t outside) except -1:
-        """What KVM_RUN blocks: what set_signal_mask() said, or else what the thread does that runs it (nudge.h)."""
-        cdef long result
-        if self.own_mask or (main_thread and self.main_mask and self.mask == outside):
-            return 0
-        result = signals_inside(self.engine, self.handle, &outside if main_thread else NULL)
-        if result < 0:
-            raise error(result, KVM_SET_SIGNAL_MASK)
-        self.main_mask, self.mask = main_thread, outside
-        return 0
 
     def kick(self):
         """Make the run() that is under way, or else the next one, return Interrupted(), once; from any thread.
@@ -480,7 +451,6 @@ cdef class Vcpu(VcpuState):
         cdef uint64_t bits = 0
         if signals is None:
             self.call(KVM_SET_SIGNAL_MASK, 0)
-            self.own_mask = self.main_mask = False
             return
         for number in signals:
             if not 1 <= number <= 64:
@@ -489,7 +459,6 @@ cdef class Vcpu(VcpuState):
         mask.len = sizeof(bits)  # the kernel's sigset_t
         memcpy(mask.sigset, &bits, sizeof(bits))
         self.call(KVM_SET_SIGNAL_MASK, <uintptr_t> mask)
-        self.own_mask, self.main_mask, self.mask = True, False, bits
 
     def tpr_access_reporting(self, bint enabled):
         """Exit with TprAccess when the guest accesses its task priority register.

@@ -1,13 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Signals while the main thread runs a guest. Python's handlers in C only set a flag, at which the main thread looks
- * before KVM_RUN and when a signal ends it.
- *
- * A signal that comes between this look and KVM_RUN must not be lost: so the main thread holds signals back before it
- * looks, and KVM_RUN opens them itself (KVM_SET_SIGNAL_MASK), as ppoll() does while it waits.
- *
- * A signal that the kernel gives to another thread does not end KVM_RUN: Ctrl-C would be without effect until the guest exits
- * by itself. So a thread of our own nudges the main thread out of a KVM_RUN that lasts, ten times a second, to look again.
+ * before KVM_RUN and when a signal ends it. A signal that comes between this look and KVM_RUN ends nothing, nor does one
+ * that the kernel gives to another thread: Ctrl-C would be without effect until the guest exits by itself. So a thread of
+ * our own nudges the main thread out of a KVM_RUN that lasts, ten times a second, to look again.
  */
 #ifndef KVMPY_NUDGE_H
 #define KVMPY_NUDGE_H
@@ -17,15 +13,10 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdbool.h>
 #include <stdint.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#include "engine.h"
-#include "kvm_compat.h"
 
 enum { NUDGE_MS = 100, NUDGE_IDLE = 20 /* such times without a run, then it parks */ };
 
@@ -101,46 +92,6 @@ static inline void nudge_begin(void)
 static inline void nudge_end(void)
 {
     atomic_fetch_add(&kvmpy_nudge.runs, 1);
-}
-
-/* The kernel's sigset_t: bit n-1 is signal n. Faults have to come through, and glibc's own signals (32, 33) to all threads. */
-#define NUDGE_BIT(n) (1ull << ((n) - 1))
-#define NUDGE_NEVER_HELD (NUDGE_BIT(SIGILL) | NUDGE_BIT(SIGTRAP) | NUDGE_BIT(SIGBUS) | NUDGE_BIT(SIGFPE) | NUDGE_BIT(SIGSEGV) \
-                          | NUDGE_BIT(32) | NUDGE_BIT(33))
-
-/* Holds the thread's signals back until signals_release() of the mask that this gives. */
-static inline uint64_t signals_hold(void)
-{
-    uint64_t mask = ~NUDGE_NEVER_HELD, before = 0;
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, &before, sizeof mask);
-    return before;
-}
-
-static inline void signals_release(uint64_t mask)
-{
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof mask);
-}
-
-/* What KVM_RUN blocks from now on; NULL: what the thread does. 0 or -errno. */
-static inline long signals_inside(const struct kvmpy_engine *engine, int handle, const uint64_t *mask)
-{
-    struct { uint32_t len; uint8_t sigset[sizeof(uint64_t)]; } request = {.len = sizeof *mask}; /* struct kvm_signal_mask */
-    if (!mask)
-        return engine->ioctl(handle, KVM_SET_SIGNAL_MASK, 0);
-    memcpy(request.sigset, mask, sizeof *mask);
-    return engine->ioctl(handle, KVM_SET_SIGNAL_MASK, (uintptr_t)&request);
-}
-
-/* After an -EINTR that was no kick, signals still held back: was it only a nudge, or a late kick? Then it is taken. */
-static inline bool signals_only_nudge(uint64_t inside)
-{
-    uint64_t pending = 0, kick = NUDGE_BIT(kvmpy_nudge.signal);
-    struct timespec now = {0};
-    syscall(SYS_rt_sigpending, &pending, sizeof pending);
-    if (!(pending & kick) || pending & ~inside & ~kick)
-        return false;
-    syscall(SYS_rt_sigtimedwait, &kick, NULL, &now, sizeof kick);
-    return true;
 }
 
 #endif

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import gc
 import os
 import signal
@@ -134,58 +132,6 @@ def test_signal_without_exception_gives_interrupted(guest):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert seen
-
-
-def test_a_signal_between_the_last_look_and_the_guest_is_not_lost(fake):
-    """Python has looked for signals, KVM_RUN is about to begin: the signal must be pending, for KVM_RUN to see it."""
-    pending: set[signal.Signals] = set()
-    opened: list[bytes] = []
-    own = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-    def run(_: int) -> int:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        pending.update(signal.sigpending())
-        return -errno.EINTR
-
-    def set_mask(address: int) -> int:
-        opened.append(ctypes.string_at(address, 12))
-        return 0
-
-    fake.answers |= {"KVM_RUN": run, "KVM_SET_SIGNAL_MASK": set_mask}
-    vcpu = fake.vcpu()
-    seen: list[int] = []
-    old = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
-    try:
-        assert [vcpu.run(), vcpu.run()] == [Interrupted()] * 2
-    finally:
-        signal.signal(signal.SIGUSR1, old)
-    assert signal.SIGUSR1 in pending
-    assert seen == [signal.SIGUSR1] * 2
-    assert len(opened) == 1  # the thread's own mask: KVM_RUN opens what was open
-    assert int.from_bytes(opened[0][4:], "little") == sum(1 << (number - 1) for number in own)
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == own
-
-
-def test_other_threads_run_under_their_own_mask(fake):
-    masks: list[int] = []
-
-    def set_mask(address: int) -> int:
-        masks.append(address)
-        return 0
-
-    fake.answers["KVM_SET_SIGNAL_MASK"] = set_mask
-    fake.exits_with(c.KVM_EXIT_HLT)
-    vcpu = fake.vcpu()
-    vcpu.run()
-    assert masks.pop() != 0
-    for _ in range(2):
-        thread, results = in_thread(vcpu.run)
-        thread.join(10)
-        assert results == [Hlt()]
-    assert masks == [0]
-    vcpu.set_signal_mask([signal.SIGUSR1])
-    vcpu.run()
-    assert len(masks) == 2  # whoever sets one has it
 
 
 def test_a_signal_that_another_thread_took_is_seen(guest):
