@@ -181,7 +181,7 @@ static long interrupt(struct vcpu *vcpu, uint32_t vector)
         c->inject.intr = true;
         c->inject.soft = false;
         c->inject.intr_vector = vector;
-        cpu_update(c);
+        cpu_request(c, CPU_REQ_LINES);
         return 0;
     }
     if (vcpu->vm->has_pic)
