@@ -295,11 +295,17 @@ static long plain_ioctl(struct vcpu *vcpu, unsigned long request, uintptr_t arg)
 
 static long enable_cap(struct vcpu *vcpu, const struct kvm_enable_cap *cap)
 {
-    if (cap->cap != KVMPY_CAP_TCG_ASSIST || cap->flags || !cap->args[0] || cap->args[0] > 1u << 31 || cap->args[2] > 1)
+    const uint64_t known = ASSIST_PARTIAL | ASSIST_LEADS | ASSIST_KEEP;
+    if (cap->cap != KVMPY_CAP_TCG_ASSIST || cap->flags || !cap->args[0] || cap->args[0] > 1u << 31 || cap->args[2] & ~known)
         return -EINVAL;
     if (cap->args[1])
         xstate_carry(&vcpu->cpu, cap->args[1]);
     vcpu->pending_io = vcpu->pending_hypercall = false; /* the other engine goes on with what the last assist stopped at */
+    vcpu->host_tsc = cap->args[2] & ASSIST_LEADS;
+    if (vcpu->host_tsc) {
+        vcpu->tsc_offset = cap->args[3];
+        atomic_store(&vcpu->vm->ticker.leading, 1);
+    }
     cpu_assist(&vcpu->cpu, cap->args[0], cap->args[2]);
     return 0;
 }

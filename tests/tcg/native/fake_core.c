@@ -229,7 +229,7 @@ enum tcg_stop cpu_run(struct cpu *c)
 
 /* ---- the rest of the contract, as far as the machine half looks at it ---- */
 
-void cpu_assist(struct cpu *c, uint32_t count, bool partial) { c->assist_left = count; (void)partial; }
+void cpu_assist(struct cpu *c, uint32_t count, uint32_t flags) { c->assist_left = count; (void)flags; }
 void cpu_io_forget(struct cpu *c) { c->io.state = IO_IDLE; }
 uint64_t cpu_rflags(const struct cpu *c) { return c->sysflags; }
 void cpu_set_rflags(struct cpu *c, uint64_t rflags) { c->sysflags = rflags; }
