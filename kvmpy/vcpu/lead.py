@@ -289,7 +289,9 @@ class Lead:
         self._wrote()
         own = cpu.sync_regs
         events = own.events
-        open = bool(own.regs.rflags & RFLAGS_IF) and not events.interrupt.shadow and not events.exception.injected
+        # One that the partner has not taken yet, because it was stopped before that, must not be replaced.
+        busy = events.interrupt.shadow or events.interrupt.injected or events.exception.injected
+        open = bool(own.regs.rflags & RFLAGS_IF) and not busy
         parked = lot.registers(own.sregs)
         parked.regs.rflags = 2 | (RFLAGS_IF if open else 0)
         parked.events.nmi.masked = events.nmi.masked

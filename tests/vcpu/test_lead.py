@@ -9,6 +9,7 @@ from kvmpy import Interrupted, IoOut, Outcome, Vm
 from kvmpy.boot.cpuid import CpuidPolicy
 from kvmpy.errors import GuestShutdown
 from kvmpy.memory import DirtyLog
+from kvmpy.vcpu.parking import ParkingLot
 from tests.conftest import why_not
 
 CODE, DATA, STACK, SIZE = 0x1_0000, 0x3_0000, 0x2_0000, 0x20_0000
@@ -171,6 +172,33 @@ def test_hlt_sleeps_until_an_interrupt(guest):
     regs = finish(vm)[0]
     timer.join()
     assert (regs.rbx, regs.rdi) == (7, 1)
+
+
+def test_an_interrupt_is_not_replaced_by_the_next(guest, monkeypatch):
+    # sti; again: cmp ebx,1  jne again  cmp edi,1  jne again; IRQ 4 counts in rbx, IRQ 3 in rdi
+    vm = guest(
+        "fb 83fb01 75fb 83ff01 75f6" + DONE, (HANDLER, "ffc3 48cf"), (HANDLER + 0x40, "ffc7 48cf"),
+        idt=((PIC_BASE + IRQ, HANDLER), (PIC_BASE + 3, HANDLER + 0x40)),
+    )  # fmt: skip
+    unmask(vm)
+    chip = vm.get_irqchip(0)
+    chip.pic.imr &= ~(1 << 3)
+    vm.set_irqchip(chip)
+    seen = []
+
+    def vector(lot, registers):
+        found = real(lot, registers)
+        if found is not None and not seen:  # the software CPU is stopped before it takes it, and a higher one comes
+            vm.assist.lead(vm.vcpus[0], vm.handlers, vm.memory)._cpu.immediate_exit = True
+            vm.irq_line(3, 1)
+        seen.extend([] if found is None else [found])
+        return found
+
+    real = ParkingLot.vector
+    monkeypatch.setattr(ParkingLot, "vector", vector)
+    edge(vm)
+    finish(vm)
+    assert seen == [PIC_BASE + IRQ, PIC_BASE + 3]
 
 
 def test_an_nmi_arrives_once(guest):
