@@ -32,7 +32,8 @@ class Vm(_kvm.Vm):
 
     `backend` is "auto", "kvm" or "tcg" ($KVMPY_BACKEND replaces "auto"); `kvm` is an open engine to use
     instead. `assist` says whether the software CPU runs what the kernel's KVM cannot emulate (default: yes, unless
-    `$KVMPY_ASSIST` is 0); it is then `vm.assist`.
+    `$KVMPY_ASSIST` is 0); it is then `vm.assist`. With `lead` it runs the whole guest where that KVM emulates ring 0;
+    then `vm.assist.supported_cpuid()` is what a guest can be given.
 
     `deterministic` is a seed: time is then counted in instructions and RDRAND comes from the seed, so that two runs
     with the same inputs are the same, instruction by instruction. It needs the software CPU, which "auto" then takes,
@@ -49,6 +50,7 @@ class Vm(_kvm.Vm):
         *,
         kvm: Kvm | None = None,
         assist: bool | None = None,
+        lead: bool = False,
         deterministic: int | None = None,
     ) -> None:
         self._own_kvm = kvm is None
@@ -64,8 +66,9 @@ class Vm(_kvm.Vm):
             if self._own_kvm:
                 kvm.close()
             raise
-        self.assist = Assist(self, assist)
-        self.memory = GuestMemory(self.set_user_memory_region, self.wrote if self.must_be_told else None)
+        self.assist = Assist(self, assist, lead=lead)
+        wrote = self.wrote if self.must_be_told else self.assist.wrote if self.assist.leads else None
+        self.memory = GuestMemory(self.set_user_memory_region, wrote)
         self.pio = Bus("pio")
         self.mmio = Bus("mmio")
         self.handlers = Handlers(self.pio, self.mmio)
@@ -139,6 +142,24 @@ class Vm(_kvm.Vm):
         """The same as KVM_SET_USER_MEMORY_REGION2 (api.rst 4.140). The assist sees what is shared with the host."""
         super().set_user_memory_region2(slot, gpa, size, hva, flags, guest_memfd, guest_memfd_offset)
         self.assist.set_slot(slot, gpa, size, hva, flags & ~KVM_MEM_GUEST_MEMFD)
+
+    def ioeventfd(
+        self, fd: int | _kvm._HasFileno, addr: int, size: int = 0, *,
+        pio: bool = False, datamatch: int | None = None, deassign: bool = False,
+    ) -> None:  # fmt: skip
+        """Signal `fd` at writes of the guest, as KVM_IOEVENTFD (api.rst 4.59); the assist follows."""
+        super().ioeventfd(fd, addr, size, pio=pio, datamatch=datamatch, deassign=deassign)
+        self.assist.zone(addr, 1, pio=pio, there=not deassign)
+
+    def register_coalesced_mmio(self, addr: int, size: int, *, pio: bool = False) -> None:
+        """Collect writes in the ring, as KVM_REGISTER_COALESCED_MMIO (api.rst 4.116); the assist follows."""
+        super().register_coalesced_mmio(addr, size, pio=pio)
+        self.assist.zone(addr, size, pio=pio, there=True)
+
+    def unregister_coalesced_mmio(self, addr: int, size: int, *, pio: bool = False) -> None:
+        """The opposite."""
+        super().unregister_coalesced_mmio(addr, size, pio=pio)
+        self.assist.zone(addr, size, pio=pio, there=False)
 
     # Handlers
 

@@ -128,8 +128,8 @@ def _speed(kvm: Kvm, engine: str) -> Check:
     return limited(
         "speed",
         f"{text}: {what}guest ring 0 is emulated instruction by instruction, 64-bit ring 3 runs natively",
-        "test guests, firmware and ring 3 code run; stock Linux kernels meet instructions that this emulator "
-        "lacks and stop with an emulation failure, which kvmpy explains: run those with --backend tcg",
+        "a Machine (kvmpy run) runs its guest on the software CPU, with KVM's chips around it; a bare Vm runs in KVM, "
+        "and what this emulator lacks, the software CPU does for it",
         **data,
     )
 

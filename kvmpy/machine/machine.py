@@ -49,7 +49,9 @@ class Machine:
         self._failure: BaseException | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(self._console.close)
-            self.vm = undo.enter_context(Vm(config.backend, assist=config.assist, deterministic=config.deterministic))
+            self.vm = undo.enter_context(
+                Vm(config.backend, assist=config.assist, lead=True, deterministic=config.deterministic)
+            )
             self._add_chips()
             self._add_memory()
             # PCI's pins are shared and level-triggered; several functions may hold one up.
@@ -215,7 +217,7 @@ class Machine:
         kvm = self.vm.kvm
         # KVM keeps this feature out of its list although its local APIC has it (api.rst 4.46).
         deadline = ["tsc_deadline_timer"] if kvm.check_extension("TSC_DEADLINE_TIMER") else []
-        policy = CpuidPolicy(kvm.get_supported_cpuid(), self.config.cpu, cpus=self.config.cpus, allow=deadline)
+        policy = CpuidPolicy(self.vm.assist.supported_cpuid(), self.config.cpu, cpus=self.config.cpus, allow=deadline)
         for index in range(self.config.cpus):
             self.vm.create_vcpu(policy.apic_id(index)).cpuid = policy.kvm_entries(index)
 
@@ -239,10 +241,15 @@ class Machine:
             entry=config.entry,
             mode=config.mode,
             format=config.image_format,
-            decompress=False if config.decompress is None and self.backend != "tcg" else config.decompress,
+            decompress=False if config.decompress is None and not self._software else config.decompress,
             rsdp=rsdp,
             seed=config.deterministic,
         )
+
+    @property
+    def _software(self) -> bool:
+        """Whether the software CPU runs the guest."""
+        return self.backend == "tcg" or self.vm.assist.leads
 
     def _triple_fault(self, exit: x.Shutdown) -> Outcome:
         return Outcome("reset")

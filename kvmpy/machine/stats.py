@@ -98,7 +98,7 @@ class Counters:
         """The counters now; from any thread, also while the machine runs."""
         vm = self._vm
         stats = Stats(
-            exits={vcpu.id: dict(vcpu.exit_counts) for vcpu in vm.vcpus},
+            exits={vcpu.id: vm.assist.exits(vcpu) for vcpu in vm.vcpus},
             engine={},
             assist=dict(vm.assist.counts),
             virtio=self._virtio.stats(),

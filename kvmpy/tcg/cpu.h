@@ -163,7 +163,7 @@ enum tcg_stop {
     TCG_STOP_DEBUG,    /* c->debug_exit is filled; guest debug wanted this #DB or #BP */
     TCG_STOP_WINDOW,   /* c->want_window and the guest can take an interrupt now */
     TCG_STOP_HYPERCALL,/* VMCALL/VMMCALL with a number that tcg_hypercall() passed on */
-    TCG_STOP_HANDBACK, /* emulation assist: c->assist_left ran out, or the next instruction belongs to the machine */
+    TCG_STOP_HANDBACK, /* emulation assist: c->assist_left is 0, it ran out; else the next instruction is the machine's */
     TCG_STOP_MWAIT,    /* MWAIT (RIP is behind it): wait until `monitor` is 0 or an interrupt comes; any wake-up will do */
     TCG_STOP_ERROR,    /* the core cannot go on; c->error_text says why. -> KVM_EXIT_INTERNAL_ERROR */
 };
@@ -264,6 +264,7 @@ struct cpu {
     bool mwait_break;      /* MWAIT with ECX[0]: an interrupt ends it although IF is 0 */
     uint32_t assist_left;  /* emulation assist: instructions to run before TCG_STOP_HANDBACK; 0: no limit */
     bool assist_partial;   /* XCR0 of the assisted guest has components that are not even carried: no XSAVE family */
+    bool assist_leads;     /* ... and this processor is the guest's: CPUID, RDTSC and #UD are its own business */
     uint64_t carried, carried_inuse; /* XSAVE components kept as bytes for the assisted processor (xstate.h), by XCR0 bit */
     uint8_t *carried_area; /* standard format */
     uint64_t insns_end;    /* cpu_insns() when budget reaches 0 */
@@ -357,8 +358,15 @@ void cpu_free(struct cpu *c);
 void cpu_reset(struct cpu *c, bool init);  /* init: INIT# keeps what SDM vol. 3A table 9-1 keeps */
 enum tcg_stop cpu_run(struct cpu *c);      /* until there is a reason to stop */
 void cpu_io_forget(struct cpu *c);
-/* The next cpu_run() is an emulation assist of about `count` instructions. Code may have changed unseen since the last. */
-void cpu_assist(struct cpu *c, uint32_t count, bool partial);
+/* The next cpu_run() is an emulation assist of about `count` instructions. */
+enum {
+    ASSIST_PARTIAL = 1, /* c->assist_partial */
+    ASSIST_LEADS = 2,   /* c->assist_leads */
+    ASSIST_KEEP = 4,    /* all writes to code since the last stretch were told: what is decoded stays */
+};
+void cpu_assist(struct cpu *c, uint32_t count, uint32_t flags);
+/* Whether the assisted processor is to run what this one does not know or need not know. */
+static inline bool cpu_only_helps(const struct cpu *c) { return c->assist_left && !c->assist_leads; }
 
 /* Instructions executed so far; exact where a block ends (RDTSC ends one). */
 static inline uint64_t cpu_insns(const struct cpu *c) { return c->insns_end - (uint64_t)c->budget; }

@@ -77,6 +77,8 @@ bool tcg_hypercall(struct cpu *c)
     vcpu->stats.hypercalls++;
     if (c->cpl) {
         result = -HC_EPERM;
+    } else if (c->assist_leads) {
+        result = -HC_ENOSYS; /* the local APICs, and the others that it could ask for, are not here */
     } else if (number == HC_VAPIC_POLL_IRQ) {
         vapic_load(vcpu);
         result = 0;

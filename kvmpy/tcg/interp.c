@@ -163,7 +163,7 @@ _Noreturn void cpu_fault_full(struct cpu *c, const struct uop *u, unsigned vecto
         c->rip = RIP_OF(c, u);
     if (u)
         give_back_budget(c, u);
-    if (unlikely(c->assist_left) && vector == EXC_UD) {
+    if (unlikely(cpu_only_helps(c)) && vector == EXC_UD) {
         c->stop = TCG_STOP_HANDBACK; /* the other processor may know more instructions */
         longjmp(c->escape, ESCAPE_STOP);
     }
@@ -444,14 +444,16 @@ enum tcg_stop cpu_run(struct cpu *c)
     return stop;
 }
 
-void cpu_assist(struct cpu *c, uint32_t count, bool partial)
+void cpu_assist(struct cpu *c, uint32_t count, uint32_t flags)
 {
     uint64_t now = cpu_insns(c);
-    cpu_flush_code(c); /* nobody tells of writes by the other engine */
+    if (!(flags & ASSIST_KEEP))
+        cpu_flush_code(c);
     cpu_io_forget(c);
     c->halted = false;
     c->assist_left = count;
-    c->assist_partial = partial;
+    c->assist_partial = flags & ASSIST_PARTIAL;
+    c->assist_leads = flags & ASSIST_LEADS;
     c->budget = count;
     c->insns_end = now + count;
 }

@@ -395,7 +395,7 @@ OP(jit_count)
 {
     struct block *b = c->block;
     struct jit *j = c->jit.state;
-    if (b->count++ < j->threshold || c->assist_left || (c->vm && c->vm->deterministic))
+    if (b->count++ < j->threshold || cpu_only_helps(c) || (c->vm && c->vm->deterministic))
         return b->first(c, u);
     if (jit_compile(c, b)) {
         b->uops[0].fn = op_jit_enter;
@@ -415,7 +415,7 @@ OP(jit_enter)
     struct block *b = c->block;
     struct jit *j = c->jit.state;
     struct jit_block *jb = b->host_code;
-    if (unlikely(c->jit.once) || unlikely(c->assist_left) || unlikely(c->deadline != ~0ull)) {
+    if (unlikely(c->jit.once) || unlikely(cpu_only_helps(c)) || unlikely(c->deadline != ~0ull)) {
         c->jit.once = false;
         return b->first(c, u);
     }

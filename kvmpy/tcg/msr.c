@@ -84,6 +84,10 @@ enum { CPUID_EAX, CPUID_EBX, CPUID_ECX, CPUID_EDX };
 
 uint64_t vcpu_tsc(struct vcpu *vcpu)
 {
+#if defined(__x86_64__)
+    if (unlikely(vcpu->host_tsc))
+        return __builtin_ia32_rdtsc() + vcpu->tsc_offset;
+#endif
     return clock_ns_to_ticks(clock_now(&vcpu->vm->clock), vcpu->tsc_khz) + vcpu->tsc_offset;
 }
 

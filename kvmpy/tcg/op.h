@@ -93,7 +93,14 @@ static inline __attribute__((always_inline)) const struct uop *follow(struct cpu
         GOTO(next_);                                                              \
     } while (0)
 
-/* First thing in an instruction whose answer the machine gives: in an emulation assist the other engine's machine does. */
+/* First thing in an instruction whose answer the machine gives: in an emulation assist the other engine's machine does.
+ * processor_only: what the processor answers, but the other one unless this one leads. */
+static inline void processor_only(struct cpu *c, const struct uop *u)
+{
+    if (unlikely(cpu_only_helps(c)))
+        cpu_stop(c, u, TCG_STOP_HANDBACK);
+}
+
 static inline void machine_only(struct cpu *c, const struct uop *u)
 {
     if (unlikely(c->assist_left))

@@ -416,7 +416,7 @@ OP(wrmsr)
 }
 static void tsc(struct cpu *c, const struct uop *u)
 {
-    machine_only(c, u);
+    processor_only(c, u);
     if (c->cr4 & CR4_TSD && c->cpl)
         cpu_fault_code(c, u, EXC_GP, 0);
     uint64_t v = tcg_rdtsc(c);
@@ -435,7 +435,7 @@ OP(rdpid_r64) { SET64(u->d, (uint32_t)c->tsc_aux); NEXT; }
 OP(rdpmc) { cpu_fault_code(c, u, EXC_GP, 0); } /* there are no counters */
 OP(cpuid)
 {
-    machine_only(c, u);
+    processor_only(c, u);
     uint32_t out[4];
     cpu_cpuid(c, GET32(0), GET32(RCX * 8), out);
     SET32(0, out[0]);

@@ -274,7 +274,7 @@ OP(mwait)
 }
 OP(vmcall)
 {
-    machine_only(c, u);
+    processor_only(c, u);
     c->rip = RIP_AFTER(c, u);
     if (!tcg_hypercall(c))
         cpu_stop(c, NULL, TCG_STOP_HYPERCALL);

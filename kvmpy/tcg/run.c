@@ -247,12 +247,14 @@ static long after(struct vcpu *vcpu, enum tcg_stop stop)
     case TCG_STOP_ERROR:
         return 0;
     case TCG_STOP_HANDBACK:
-        return leave(vcpu, KVM_EXIT_INTR);
+        return leave(vcpu, vcpu->cpu.assist_left ? KVM_EXIT_UNKNOWN : KVM_EXIT_INTR);
     case TCG_STOP_MWAIT:
         vcpu->stats.halt_exits++;
         return AGAIN;
     case TCG_STOP_CANCEL:
         vcpu->stats.request_exits++;
+        if (vcpu->cpu.assist_left && vcpu->cpu.assist_leads && !vcpu->run->immediate_exit)
+            return leave(vcpu, KVM_EXIT_INTR);
         return AGAIN;
     }
     return AGAIN;

@@ -6,7 +6,8 @@
  * KVM_RUN (except those that faults raise), so that none can slip in between a look and going to sleep:
  *  - a sleep is a ppoll() that unblocks them while it waits, so a signal ends it;
  *  - running guest code, a ticker thread makes each vCPU leave cpu_run() every 10 ms to ask sigpending(). Kicks of
- *    kvmpy do not wait for that: they set immediate_exit and come through engine.h's kick().
+ *    kvmpy do not wait for that: they set immediate_exit and come through engine.h's kick(). Where this engine leads
+ *    (cpu_assist) it is every millisecond, for then interrupts and kicks come through the other engine.
  * At the end the old mask is back and the handlers run, then KVM_RUN returns -EINTR.
  */
 #define _GNU_SOURCE
@@ -21,6 +22,7 @@
 #include "vm.h"
 
 #define TICK_NS 10000000
+#define LEADING_TICK_NS 1000000
 #define IDLE_TICKS 50 /* then the ticker parks until a vCPU runs guest code */
 
 /* The kernel's sigset_t: bit n-1 is signal n. glibc's own signals (32, 33) stay open, or setuid() elsewhere hangs. */
@@ -106,7 +108,8 @@ static void *ticker_thread(void *opaque)
             park(vm);
             idle = 0;
         }
-        syscall(SYS_futex, &vm->ticker.parked, FUTEX_WAIT_PRIVATE, 0, &(struct timespec){.tv_nsec = TICK_NS}, NULL, 0);
+        const struct timespec tick = {.tv_nsec = atomic_load(&vm->ticker.leading) ? LEADING_TICK_NS : TICK_NS};
+        syscall(SYS_futex, &vm->ticker.parked, FUTEX_WAIT_PRIVATE, 0, &tick, NULL, 0);
     }
     return NULL;
 }

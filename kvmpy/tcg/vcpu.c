@@ -182,7 +182,7 @@ static long interrupt(struct vcpu *vcpu, uint32_t vector)
         c->inject.intr = true;
         c->inject.soft = false;
         c->inject.intr_vector = vector;
-        cpu_update(c);
+        cpu_request(c, CPU_REQ_LINES);
         return 0;
     }
     if (vcpu->vm->has_pic)
@@ -296,13 +296,19 @@ static long plain_ioctl(struct vcpu *vcpu, unsigned long request, uintptr_t arg)
 
 static long enable_cap(struct vcpu *vcpu, const struct kvm_enable_cap *cap)
 {
+    const uint64_t known = ASSIST_PARTIAL | ASSIST_LEADS | ASSIST_KEEP;
     if (cap->cap == KVMPY_CAP_TCG_PROFILE && !cap->flags && cap->args[0] <= 1)
         return cpu_profile(&vcpu->cpu, cap->args[0]);
-    if (cap->cap != KVMPY_CAP_TCG_ASSIST || cap->flags || !cap->args[0] || cap->args[0] > 1u << 31 || cap->args[2] > 1)
+    if (cap->cap != KVMPY_CAP_TCG_ASSIST || cap->flags || !cap->args[0] || cap->args[0] > 1u << 31 || cap->args[2] & ~known)
         return -EINVAL;
     if (cap->args[1])
         xstate_carry(&vcpu->cpu, cap->args[1]);
     vcpu->pending_io = vcpu->pending_hypercall = false; /* the other engine goes on with what the last assist stopped at */
+    vcpu->host_tsc = cap->args[2] & ASSIST_LEADS;
+    if (vcpu->host_tsc) {
+        vcpu->tsc_offset = cap->args[3];
+        atomic_store(&vcpu->vm->ticker.leading, 1);
+    }
     cpu_assist(&vcpu->cpu, cap->args[0], cap->args[2]);
     return 0;
 }

@@ -96,7 +96,8 @@ long state_set_events(struct vcpu *vcpu, const struct kvm_vcpu_events *events)
         atomic_store(&vcpu->sipi_vector, events->sipi_vector);
     if (events->flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT)
         vcpu->triple_fault = events->triple_fault.pending;
-    cpu_update(c);
+    cpu_io_forget(c);
+    cpu_request(c, CPU_REQ_LINES | CPU_REQ_STEP);
     return 0;
 }
 

@@ -24,6 +24,7 @@ void state_get_regs(struct vcpu *vcpu, struct kvm_regs *regs)
 void state_set_regs(struct vcpu *vcpu, const struct kvm_regs *regs)
 {
     struct cpu *c = &vcpu->cpu;
+    uint32_t vm86 = c->sysflags & FL_VM;
     const uint64_t gpr[16] = {
         [RAX] = regs->rax, [RBX] = regs->rbx, [RCX] = regs->rcx, [RDX] = regs->rdx,
         [RSI] = regs->rsi, [RDI] = regs->rdi, [RSP] = regs->rsp, [RBP] = regs->rbp,
@@ -38,7 +39,12 @@ void state_set_regs(struct vcpu *vcpu, const struct kvm_regs *regs)
     c->rip = regs->rip;
     cpu_set_rflags(c, regs->rflags | 2);
     c->inject.exc = false;
-    cpu_update(c);
+    if (vm86 != (c->sysflags & FL_VM)) {
+        cpu_update(c);
+    } else {
+        cpu_io_forget(c);
+        cpu_request(c, CPU_REQ_LINES | CPU_REQ_STEP);
+    }
 }
 
 void state_get_fpu(struct vcpu *vcpu, struct kvm_fpu *fpu)

@@ -42,10 +42,13 @@
 /* Beyond the kernel's capabilities: time counted in instructions, RDRAND seeded by args[0]; one vCPU (time.c). */
 #define KVMPY_CAP_TCG_DETERMINISTIC 0x6B760001
 /* Of a vCPU: its next KVM_RUN is an emulation assist. It returns with KVM_EXIT_INTR after about args[0] instructions
- * (at least one, at most 2^31), or before one that only the engine that is assisted can run. args[1], once: XCR0
- * components of that engine's processor; those that this one lacks it carries as bytes from then on (KVM_GET/SET_XSAVE,
- * the XSAVE family), when they fit struct kvm_xsave. args[2] 1: the guest has state that was not moved here, so the
- * XSAVE family and XSETBV are left to the other engine. */
+ * (at least one, at most 2^31), or with KVM_EXIT_UNKNOWN before one that only the engine that is assisted can run. args[1],
+ * once: XCR0 components of that engine's processor; those that this one lacks it carries as bytes from then on
+ * (KVM_GET/SET_XSAVE, the XSAVE family), when they fit struct kvm_xsave. args[2] is of these bits:
+ *   1  the guest has state that was not moved here, so the XSAVE family and XSETBV are left to the other engine
+ *   2  this engine leads: the guest's processor is this one, with its CPUID, #UD, JIT and a TSC that is the host's plus
+ *      args[3]; the other engine has the machine around it
+ *   4  wrote() of the engine told of all writes to code since the last stretch */
 #define KVMPY_CAP_TCG_ASSIST 0x6B760002
 
 struct slot_table;
@@ -106,9 +109,9 @@ struct tcg_vm {
     uint8_t pin_sources[KVM_NR_IRQCHIPS][KVM_IOAPIC_NUM_PINS]; /* which sources assert a pin, a bit each */
     uint8_t eoi_exits[32];      /* split irqchip: vectors whose EOI user space wants to know */
 
-    struct ticker {             /* run.c: notices bare signals */
+    struct ticker {             /* sleep.c: notices bare signals */
         pthread_t thread;
-        _Atomic bool started, stopping;
+        _Atomic bool started, stopping, leading;
         _Atomic uint32_t parked;
     } ticker;
     struct vm_stats stats;
@@ -159,6 +162,7 @@ struct vcpu {
 
     /* MSRs that only the machine knows (msr.c) */
     uint64_t tsc_offset; /* modulo 2^64: the guest chooses */
+    bool host_tsc;       /* the TSC is the host's plus tsc_offset, as that of the kernel's KVM */
     uint64_t tsc_adjust;
     uint32_t tsc_khz;
     struct {

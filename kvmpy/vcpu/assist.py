@@ -4,7 +4,8 @@
 A KVM that emulates guest code (nested without VMX, page-table based, real mode on old processors) stops with
 KVM_EXIT_INTERNAL_ERROR at an instruction it does not know. Then a software vCPU with the same memory slots takes the
 state over, runs that instruction and a stretch after it, and gives the state back. It goes no further than to what
-belongs to KVM's own machine: ports, device memory, machine MSRs, CPUID, RDTSC, hypercalls, HLT.
+belongs to KVM's own machine: ports, device memory, machine MSRs, CPUID, RDTSC, hypercalls, HLT. On a KVM that emulates
+all of ring 0 a machine asks for more: there the software CPU leads (lead.py) and KVM is only the machine around it.
 
 Two things keep both processors in step. The software CPU forgets decoded code before each stretch, since nobody tells
 it of KVM's writes. And KVM forgets its shadow page tables after it, since nobody tells KVM of writes to the guest's:
@@ -13,12 +14,14 @@ deleting a memory slot makes it do that (api.rst, KVM_X86_QUIRK_SLOT_ZAP_ALL).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmpy import _exits as x
 from kvmpy import _kvm
@@ -32,31 +35,34 @@ from kvmpy._constants import (
     KVM_MSR_FILTER_WRITE,
     KVM_VCPUEVENT_VALID_SHADOW,
 )
-from kvmpy._structs import Xsave
 from kvmpy.errors import BackendError, KvmError
 from kvmpy.memory import Ram
+from kvmpy.vcpu import emulated
+from kvmpy.vcpu.lead import Lead
+from kvmpy.vcpu.parking import ParkingLot
+from kvmpy.vcpu.partner import Partner
 
 if TYPE_CHECKING:
     from kvmpy._structs import CpuidEntry2
     from kvmpy.memory import GuestMemory
+    from kvmpy.vcpu.handlers import Handlers
     from kvmpy.vcpu.vcpu import Vcpu
 
 log = logging.getLogger("kvmpy.vcpu.assist")
 
 STRETCH = 400_000  # instructions: about a millisecond, somewhat more than the moves of state and the zap cost
 EMULATION = 1      # KVM_INTERNAL_ERROR_EMULATION
-CAP_ASSIST = 0x6B76_0002  # KVMPY_CAP_TCG_ASSIST (tcg/vm.h)
 PAGE = 4096
 ZAP_GPA = 1 << 45  # of the slot that comes and goes: far above what a guest has
 
-# STAR, LSTAR, CSTAR, FMASK, SYSENTER_*, TSC_AUX, XSS. A WRMSR is handed back, so only SWAPGS changes one: the last.
-_KERNEL_GS_BASE = 0xC000_0102
-_MSRS = (0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0x174, 0x175, 0x176, 0xC000_0103, 0xDA0, _KERNEL_GS_BASE)
-
-_XSTATE_BV = slice(512, 520)
-_PKRU = 1 << 9
-# Where the XSAVE area has what, by XCR0 bit (SDM vol. 1, 13.4).
-_PLACES = {1: ((0, 24), (32, 160)), 2: ((24, 32), (160, 416)), 4: ((576, 832),), _PKRU: ((2688, 2696),)}
+# MSRs of the processor itself, as (first, bits): SPEC_CTRL and PRED_CMD; ARCH_CAPABILITIES; SYSENTER_*; PAT;
+# EFER, STAR, LSTAR, CSTAR, FMASK; FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX.
+PROCESSOR_MSRS = (
+    (0x48, 0b11), (0x10A, 1), (0x174, 0b111), (0x277, 1), (0xC000_0080, 0b11111), (0xC000_0100, 0b1111),
+)  # fmt: skip
+# Ports of the chips in the kernel: PICs with their edge control, PIT with the speaker's port.
+CHIP_PORTS = frozenset((0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1, 0x40, 0x41, 0x42, 0x43, 0x61))
+IOAPIC_PAGE = 0xFEC0_0000 // PAGE
 
 _UNDEFINED = (b"\x0f\x0b", b"\x0f\xb9", b"\x0f\xff")  # UD2, UD1, UD0: #UD is what the guest wants
 _UD = 6
@@ -69,19 +75,25 @@ class Assist:
     many instructions it runs at most in one go. It costs nothing until the first instruction that KVM cannot run.
     """
 
-    def __init__(self, vm: _kvm.Vm, enabled: bool | None = None) -> None:
+    def __init__(self, vm: _kvm.Vm, enabled: bool | None = None, *, lead: bool = False) -> None:
         if enabled is None:
             enabled = os.environ.get("KVMPY_ASSIST", "1") != "0"
         self.enabled = enabled and vm.backend == "kvm"
+        self._theirs = emulated.ring0(vm.kvm) if self.enabled and lead else None
+        self.leads = self._theirs is not None
         self.counts: Counter[str] = Counter()
         self.stretch = STRETCH
         self._vm = vm
         self._lock = threading.RLock()  # slots, and the making of software vCPUs
         self._slots: dict[int, tuple[int, int, int, int]] = {}
+        self._logged = False  # one of them has a dirty log
         self._software: _kvm.Vm | None = None
-        self._partners: dict[int, _Partner] = {}
+        self._partners: dict[int, Partner] = {}
         self._zap_lock = threading.Lock()
         self._zap_ram: Ram | None = None
+        self._lot: ParkingLot | None = None
+        self._leaders: dict[int, Lead] = {}
+        self._zones: Counter[tuple[bool, int]] = Counter()  # (port?, address) of ioeventfds and coalesced writes
         self._closed = False
 
     def set_slot(self, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
@@ -91,6 +103,7 @@ class Assist:
                 self._slots[slot] = (gpa, size, hva, flags)
             elif self._slots.pop(slot, None) is None:
                 return
+            self._logged = any(at[3] & KVM_MEM_LOG_DIRTY_PAGES for at in self._slots.values())
             if self._software is not None:
                 self._software.set_user_memory_region(slot, gpa, size, hva, flags)
 
@@ -124,6 +137,80 @@ class Assist:
                 return result
         return result if isinstance(result, (x.Shutdown, x.Debug)) else None
 
+    def exits(self, vcpu: Vcpu) -> dict[str, int]:
+        """How many exits of each kind `vcpu` had, those of its software vCPU among them."""
+        counts = Counter(vcpu.exit_counts)
+        partner = self._partners.get(vcpu.id)
+        if partner is not None:
+            counts.update(partner.cpu.exit_counts)
+        return dict(counts)
+
+    # When it leads
+
+    @property
+    def steps(self) -> Counter[str]:
+        """What the kernel's vCPUs were entered for: the exits of the software CPU they served, polls, sleeps in HLT."""
+        with self._lock:
+            return sum((leader.steps for leader in self._leaders.values()), Counter())
+
+    def supported_cpuid(self) -> list[CpuidEntry2]:
+        """What the guest's processor can do: the engine's list, or where the software CPU leads, its list."""
+        if self._theirs is None:
+            return self._vm.kvm.get_supported_cpuid()
+        from kvmpy import tcg
+
+        with contextlib.closing(_kvm.Kvm(tcg.engine())) as software:
+            return emulated.cpuid(software.get_supported_cpuid(), self._theirs)
+
+    def lead(self, vcpu: Vcpu, handlers: Handlers, memory: GuestMemory) -> Lead:
+        """Who runs `vcpu`, instead of itself."""
+        partner = self._partner(vcpu)
+        with self._lock:
+            leader = self._leaders.get(vcpu.id)
+            if leader is not None:
+                return leader
+            if self._lot is None:
+                sizes = next((e.eax for e in vcpu.cpuid if e.function == 0x8000_0008), 36)
+                self._lot = ParkingLot(self._vm, self._vm.check_extension("NR_MEMSLOTS") - 2, sizes & 0xFF)
+            leader = self._leaders[vcpu.id] = Lead(
+                vcpu,
+                partner,
+                self._lot,
+                stretch=self.stretch,
+                in_kernel=self._in_kernel(handlers, partner),
+                zap=self._zap,
+                wrote=lambda: self._mark_dirty(memory),
+            )
+            return leader
+
+    def zone(self, address: int, size: int, *, pio: bool, there: bool) -> None:
+        """An ioeventfd or a zone of coalesced writes comes or goes: it is served in the kernel."""
+        with self._lock:
+            for at in range(address, address + max(size, 1)):
+                self._zones[pio, at] += 1 if there else -1
+
+    def wrote(self, gpa: int, size: int) -> None:
+        """The host wrote guest memory: as Vm.wrote(), for the software CPU."""
+        software = self._software
+        if software is not None:
+            software.wrote(gpa, size)
+
+    def _in_kernel(self, handlers: Handlers, partner: Partner) -> Callable[[x.Exit], bool]:
+        ports = {x.IoIn: handlers.io_in, x.IoOut: handlers.io_out}
+        places = {x.MmioRead: handlers.mmio_read, x.MmioWrite: handlers.mmio_write}
+        zones, cpu = self._zones, partner.cpu
+
+        def in_kernel(exit: Any) -> bool:
+            kind = type(exit)
+            if kind in ports:
+                return exit.port in CHIP_PORTS or exit.port in ports[kind] or zones[True, exit.port] > 0
+            page = exit.addr // PAGE
+            if page in (IOAPIC_PAGE, cpu.apic_base // PAGE):
+                return True
+            return places[kind].find(exit.addr) is not None or zones[False, exit.addr] > 0
+
+        return in_kernel
+
     def close(self) -> None:
         """Free the software VM; nothing of the guest runs any more. Idempotent."""
         with self._lock:
@@ -133,16 +220,20 @@ class Assist:
                 self._software.close()
                 self._software.kvm.close()
                 self._software = None
+            self._leaders.clear()
             if self._zap_ram is not None:
                 self._zap_ram.close()
                 self._zap_ram = None
+            if self._lot is not None:
+                self._lot.close()
+                self._lot = None
 
     def _count(self, instruction: bytes, bits: int) -> None:
         name = _mnemonic(instruction, bits)
         with self._lock:
             self.counts[name] += 1
 
-    def _partner(self, vcpu: Vcpu) -> _Partner:
+    def _partner(self, vcpu: Vcpu) -> Partner:
         partner = self._partners.get(vcpu.id)
         if partner is not None:
             return partner
@@ -151,7 +242,7 @@ class Assist:
                 raise BackendError("the VM is closed")
             if self._software is None:
                 self._software = self._make()
-            partner = self._partners[vcpu.id] = _Partner(self._software, vcpu)
+            partner = self._partners[vcpu.id] = Partner(self._software, vcpu, leads=self.leads)
         return partner
 
     def _make(self) -> _kvm.Vm:
@@ -160,11 +251,13 @@ class Assist:
         kvm = _kvm.Kvm(tcg.engine())
         try:
             software = _kvm.Vm(kvm)
-            # Whatever MSR an instruction names is KVM's: the instruction is left to it.
+            # Whatever MSR an instruction names is KVM's: the instruction is left to it. When the software CPU leads,
+            # what belongs to the processor is its own.
             reasons = KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN
             software.enable_cap("X86_USER_SPACE_MSR", reasons)
-            nothing = (KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE, 0, bytes(8))
-            software.set_msr_filter([nothing], default_deny=True)
+            own = PROCESSOR_MSRS if self.leads else ((0, 0),)
+            both = KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE
+            software.set_msr_filter([(both, base, bytes([bits])) for base, bits in own], default_deny=True)
             for slot, (gpa, size, hva, flags) in self._slots.items():
                 software.set_user_memory_region(slot, gpa, size, hva, flags)
         except BaseException:
@@ -175,6 +268,8 @@ class Assist:
 
     def _mark_dirty(self, memory: GuestMemory) -> None:
         """Pages the software CPU wrote go into the VM's dirty log as pages the host wrote."""
+        if not self._logged:
+            return
         with self._lock:
             software = self._software
             logged = [(slot, at[0]) for slot, at in self._slots.items() if at[3] & KVM_MEM_LOG_DIRTY_PAGES]
@@ -198,118 +293,11 @@ class Assist:
                 _kvm.Vm.set_user_memory_region(self._vm, slot, ZAP_GPA, size, ram.address)
 
 
-class _Partner:
-    """The software vCPU beside one vCPU, and the way of state between them: KVM's own structures, both ways."""
-
-    def __init__(self, software: _kvm.Vm, vcpu: Vcpu) -> None:
-        self._cpu = software.create_vcpu(vcpu.id)
-        entries = software.kvm.get_supported_cpuid()
-        self._cpu.cpuid = entries
-        leaf = next((e for e in entries if e.function == 0xD and e.index == 0), None)
-        self._components = (leaf.eax if leaf is not None else 3) & ~_PKRU
-        self._components |= _pkru_in_place(entries, vcpu.cpuid)
-        self._places = {bit: places for bit, places in _PLACES.items() if self._components & bit}
-        carried = _carried(vcpu.vm.kvm.get_supported_cpuid())
-        if carried:
-            self._cpu.enable_cap(CAP_ASSIST, 1, sum(carried))
-            self._components |= sum(carried)
-            self._places |= carried
-        known = set(vcpu.vm.kvm.get_msr_index_list()) & set(software.kvm.get_msr_index_list())
-        self._msrs = [index for index in _MSRS if index in known]
-        self._debug: object = None
-        self.bits = 64
-
-    def run(self, vcpu: Vcpu, stretch: int) -> x.Exit | None:
-        """Move the state over, run, move it back; None (and nothing is changed) when it got nowhere."""
-        cpu = self._cpu
-        before = vcpu.regs
-        state, events, xcrs, area = vcpu.sregs2, vcpu.vcpu_events, vcpu.xcrs, vcpu.xsave
-        self.bits = 64 if state.efer & 1 << 10 and state.cs.l else 32 if state.cs.db else 16
-        if events.smi.smm:
-            return None
-        # An NMI that waits stays with KVM, where more may come meanwhile; so do INIT, SIPI and SMI.
-        events.flags &= KVM_VCPUEVENT_VALID_SHADOW
-        if vcpu.debug != self._debug:
-            cpu.set_guest_debug(*(vcpu.debug or (0,)))
-            self._debug = vcpu.debug
-        enabled = xcrs.xcrs[0].value
-        cpu.sregs2 = state
-        cpu.cr8 = state.cr8
-        cpu.set_msrs(vcpu.get_msrs(self._msrs))
-        xcrs.xcrs[0].value = enabled & self._components
-        cpu.xcrs = xcrs
-        cpu.xsave = self._inside(area)
-        cpu.debugregs = vcpu.debugregs
-        cpu.regs = before
-        cpu.vcpu_events = events
-        cpu.enable_cap(CAP_ASSIST, 1 if vcpu.debug else stretch, 0, int(enabled & ~self._components != 0))
-        exit = cpu.run()
-        after = cpu.regs
-        if isinstance(exit, x.InternalError) or (after == before and not isinstance(exit, (x.Debug, x.Shutdown))):
-            log.warning("the software CPU gets no further either: %r", exit)
-            if enabled & ~self._components:
-                log.warning("it lacks state of the guest's XCR0 %#x (AMX?), so it leaves XSAVE alone", enabled)
-            return None
-        state = cpu.sregs2
-        now = cpu.xcrs.xcrs[0].value
-        if now != enabled & self._components:
-            xcrs.xcrs[0].value = now
-            vcpu.xcrs = xcrs
-        vcpu.sregs2 = state
-        vcpu.set_msrs(cpu.get_msrs([_KERNEL_GS_BASE]))
-        vcpu.xsave = self._outside(area, cpu.xsave)
-        vcpu.debugregs = cpu.debugregs
-        vcpu.regs = after
-        events = cpu.vcpu_events
-        events.flags &= KVM_VCPUEVENT_VALID_SHADOW
-        vcpu.vcpu_events = events
-        return exit
-
-    def _inside(self, area: Xsave) -> Xsave:
-        """KVM's XSAVE area with what the software CPU knows of it."""
-        raw = bytearray(bytes(area)[:PAGE])
-        present = int.from_bytes(raw[_XSTATE_BV], "little") & self._components
-        raw[_XSTATE_BV] = present.to_bytes(8, "little")
-        return Xsave.from_bytes(bytes(raw))
-
-    def _outside(self, area: Xsave, inside: Xsave) -> Xsave:
-        """KVM's XSAVE area, in which the parts the software CPU knows are new."""
-        raw, new = bytearray(bytes(area)), bytes(inside)
-        present = int.from_bytes(raw[_XSTATE_BV], "little") & ~self._components
-        present |= int.from_bytes(new[_XSTATE_BV], "little") & self._components
-        raw[_XSTATE_BV] = present.to_bytes(8, "little")
-        for places in self._places.values():
-            for start, end in places:
-                raw[start:end] = new[start:end]
-        return Xsave.from_bytes(bytes(raw))
-
-
-def _carried(entries: list[CpuidEntry2]) -> dict[int, tuple[tuple[int, int]]]:
-    """The components that the software CPU only carries (tcg/xstate.c), by XCR0 bit, and where they lie."""
-    # It has x87, SSE, AVX and PKRU (9) itself.
-    components = [e for e in entries if e.function == 0xD and 2 < e.index < 63 and e.index != 9]
-    return {
-        1 << e.index: ((e.ebx, e.ebx + e.eax),)
-        for e in components
-        if e.eax and not e.ecx & 1 and e.ebx >= 832 and e.ebx + e.eax <= PAGE
-    }
-
-
 def _raise_ud(vcpu: Vcpu) -> None:
     events = vcpu.vcpu_events
     events.flags &= KVM_VCPUEVENT_VALID_SHADOW
     events.exception.injected, events.exception.nr, events.exception.has_error_code = 1, _UD, 0
     vcpu.vcpu_events = events
-
-
-def _pkru_in_place(software: list[CpuidEntry2], guest: list[CpuidEntry2]) -> int:
-    """PKRU's bit, where both processors keep it at the same offset of the XSAVE area."""
-
-    def place(entries: list[CpuidEntry2]) -> int | None:
-        return next((e.ebx for e in entries if e.function == 0xD and e.index == 9 and e.eax), None)
-
-    ours = place(software)
-    return _PKRU if ours is not None and ours == place(guest) else 0
 
 
 @lru_cache(maxsize=4096)

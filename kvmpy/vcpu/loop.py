@@ -70,7 +70,16 @@ class Loop:
 
     def run(self) -> Outcome | None:
         """Serve exits until one of them ends the run (returns its outcome) or the vCPU is kicked (None)."""
-        run, table = self.vcpu.run, self._by_type
+        if self._assist is None or not self._assist.leads:
+            return self._serve(self.vcpu.run)
+        lead = self._assist.lead(self.vcpu, self._handlers, self.vcpu.memory)
+        try:
+            return self._serve(lead.run)
+        finally:
+            lead.leave()
+
+    def _serve(self, run: Callable[[], x.Exit]) -> Outcome | None:
+        table = self._by_type
         while True:
             exit = run()
             kind = type(exit)
@@ -156,7 +165,7 @@ class Loop:
         return self._handled_or_dead(exit, GuestShutdown, "triple fault")
 
     def _internal_error(self, exit: x.InternalError) -> Outcome | None:
-        if self._assist is not None and x.InternalError not in self._handlers.by_type:
+        if self._assist is not None and not self._assist.leads and x.InternalError not in self._handlers.by_type:
             instead = self._assist.take(self.vcpu, exit, self.vcpu.memory)
             if instead is not exit:
                 return None if instead is None else self._by_type.get(type(instead), self._other)(instead)

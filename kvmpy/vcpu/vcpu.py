@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from kvmpy import _kvm
+from kvmpy._structs import CpuidEntry2
 from kvmpy.arch import entry as entries
 from kvmpy.arch import layout
 from kvmpy.arch.entry import Entry
 from kvmpy.arch.x86 import identity_page_tables
 from kvmpy.memory import GuestMemory
 from kvmpy.vcpu import modes
+
+_CPUID: Any = _kvm.Vcpu.cpuid
 
 
 class Vcpu(_kvm.Vcpu):
@@ -25,6 +28,20 @@ class Vcpu(_kvm.Vcpu):
         return memory
 
     debug: tuple[int, Sequence[int]] | None = None  # what set_guest_debug() was told last, for the assist
+
+    announced: Sequence[CpuidEntry2] | None = None  # the CPUID table as it was set
+
+    @property
+    def cpuid(self) -> list[CpuidEntry2]:
+        """The CPUID table (KVM_GET_CPUID2, KVM_SET_CPUID2, api.rst 4.20)."""
+        table: list[CpuidEntry2] = _CPUID.__get__(self)
+        return table
+
+    @cpuid.setter
+    def cpuid(self, entries: Iterable[CpuidEntry2]) -> None:
+        entries = list(entries)
+        _CPUID.__set__(self, entries)
+        self.announced = entries
 
     def set_guest_debug(self, control: int, debugreg: Iterable[int] = ()) -> None:
         """Single-step and breakpoints, as KVM_SET_GUEST_DEBUG (api.rst 4.87)."""

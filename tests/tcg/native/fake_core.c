@@ -229,7 +229,7 @@ enum tcg_stop cpu_run(struct cpu *c)
 
 /* ---- the rest of the contract, as far as the machine half looks at it ---- */
 
-void cpu_assist(struct cpu *c, uint32_t count, bool partial) { c->assist_left = count; (void)partial; }
+void cpu_assist(struct cpu *c, uint32_t count, uint32_t flags) { c->assist_left = count; (void)flags; }
 long cpu_profile(struct cpu *c, bool on) { return (void)c, (void)on, 0; }
 long cpu_profile_ioctl(struct cpu *c, unsigned long request, void *p) { return (void)c, (void)request, (void)p, -ENOTTY; }
 void cpu_io_forget(struct cpu *c) { c->io.state = IO_IDLE; }
