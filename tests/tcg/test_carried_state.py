@@ -7,7 +7,7 @@ import pytest
 
 import kvmpy
 from kvmpy._exits import Hlt
-from kvmpy.vcpu.assist import CAP_ASSIST
+from kvmpy.vcpu.partner import CAP_ASSIST
 
 CODE, DATA = 0x1000, 0x2000
 SSE_AVX, ZMM_HI256 = 0x7, 0x40
