@@ -59,7 +59,7 @@ struct jit {
     const uint8_t *helper, *exit_link, *exit_rip, *prove, *find; /* thunks */
     struct jit_link *pending;  /* host code left by it and c->jit.pending_rip is where it leads */
     uint64_t pending_rip;
-    struct block nowhere;    /* c->block while host code runs */
+    struct block nowhere;    /* c->block while host code runs; has no instructions */
     struct target *target;
     struct target **data_target; /* the same pointer, near the code */
     struct { uint32_t mode; uint64_t serial; } contexts[MAX_CONTEXTS]; /* serial 0: free */

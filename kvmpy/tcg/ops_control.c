@@ -14,6 +14,8 @@ const struct uop *jump_cached(struct cpu *c)
 {
     if (unlikely(atomic_load_explicit(&c->request, memory_order_relaxed)) || unlikely(!(c->mode & MODE_CODE64)))
         return NULL;
+    if (!c->block->ninsn) /* called by host code, which looks itself (jit_call) */
+        return NULL;
     struct block *b = block_peek(c);
     if (unlikely(!b) || unlikely(c->budget < b->ninsn))
         return NULL;
