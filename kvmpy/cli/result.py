@@ -82,7 +82,7 @@ class Result:
         for vcpu in machine.vm.vcpus:
             if vcpu.running:  # a second Ctrl-C while the first one was still stopping it
                 continue
-            counts = {"total": vcpu.exit_count}
+            counts = {"total": sum(machine.vm.assist.exits(vcpu).values())}
             with contextlib.suppress(CapabilityError), vcpu.stats() as stats:
                 counts |= {
                     name: value

@@ -172,6 +172,7 @@ class Assist:
             if self._lot is None:
                 sizes = next((e.eax for e in vcpu.cpuid if e.function == 0x8000_0008), 36)
                 self._lot = ParkingLot(self._vm, self._vm.check_extension("NR_MEMSLOTS") - 2, sizes & 0xFF)
+            vcpu.leader = partner.cpu
             leader = self._leaders[vcpu.id] = Lead(
                 vcpu,
                 partner,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from kvmpy import _kvm
+from kvmpy._exits import Exit
 from kvmpy._structs import CpuidEntry2
 from kvmpy.arch import entry as entries
 from kvmpy.arch import layout
@@ -26,6 +27,13 @@ class Vcpu(_kvm.Vcpu):
         """The guest memory of the VM."""
         memory: GuestMemory = cast(Any, self.vm).memory  # the VM is a kvmpy.Vm, which this layer does not know
         return memory
+
+    leader: _kvm.Vcpu | None = None  # the software vCPU that runs the guest instead of this one (lead.py)
+
+    @property
+    def history(self) -> list[Exit]:
+        """The last 16 exits, oldest first, for reports: the software CPU's where it leads. They cannot be answered."""
+        return super().history if self.leader is None or self.debug is not None else self.leader.history
 
     debug: tuple[int, Sequence[int]] | None = None  # what set_guest_debug() was told last, for the assist
 

@@ -152,9 +152,9 @@ def test_two_processors_use_two_queues_of_a_tap(linux, namespace, transport):
         for name in ("rx-0", "rx-1", "tx-0", "tx-1"):
             assert f"queues/{name}" in text
         requests = [queue[0] for queue in machine.stats()["virtio"]["net0"]["queues"]]
-        for pair in (0, 1):
-            assert requests[2 * pair + 1] >= 3, "its processor sends here"
-            assert requests[2 * pair] >= 3, "and the answers come back here"
+        assert min(requests[1:4:2]) >= 3, "each processor sends through its own queue"
+        # The tap learns from what is sent which queue a flow's answers go to; the first ones may go anywhere.
+        assert min(requests[0:4:2]) >= 1 and sum(requests[0:4:2]) >= 6
     assert "guest0" not in namespace.run("ip", "link")
 
 
