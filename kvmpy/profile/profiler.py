@@ -36,9 +36,9 @@ GUEST_WIDTH = 44  # columns
 HOST_ADDRESS = re.compile(r"0x[0-9a-f]{9,16}")
 WAIT = 1.0  # seconds for a running vCPU to take a kick
 
-# Engine counters in the order of the report: what each says, and what it is divided by to be comparable.
+# Engine counters in the order of the report: what each says.
 COUNTED = {
-    "insns": "instructions",
+    "insns": "instructions interpreted",
     "blocks": "translations (blocks decoded)",
     "jit_blocks": "  of those made into host code",
     "jit_insns": "  ... with so many instructions",
@@ -131,8 +131,8 @@ class Profile:
             names = {**COUNTED, **{name: name for name in counters if name not in COUNTED}}
             for name, text in names.items():
                 if counters.get(name):
-                    rate = _per_1000(counters[name], counters.get("insns", 0)) if name != "insns" else ""
-                    lines.append(f"  {counters[name]:>15,}  {text}{rate}")
+                    rate = counters[name] / max(self.seconds, 1e-9)
+                    lines.append(f"  {counters[name]:>15,}  {text}, {rate:,.3g} per second")
             lines += self._handlers(vcpu, top)
         if len(symbols):
             lines += ["", f"functions{'':34}samples"]
@@ -297,7 +297,3 @@ def _with_host_code(vcpu: Vcpu, block: Block) -> Block:
         host=tuple(tuple(host) for host in lines),
         host_bytes=(len(found.code), found.out_of_line),
     )
-
-
-def _per_1000(count: int, instructions: int) -> str:
-    return f", {1e3 * count / instructions:.3g} per 1000 instructions" if instructions else ""

@@ -52,8 +52,9 @@ def test_samples_counters_and_report(backend, symbols):
     report = profile.report(symbols)
     assert "ring 0 100.0%" in report and "at 0x100002  spin" in report
     if backend == "tcg":
-        assert profile.counters[0]["insns"] > 1000
-        assert "instructions\n" in report and "exits to Python" in report
+        counted = profile.counters[0]
+        assert counted["insns"] > 1000 or counted["jit_blocks"] >= 1  # host code does not count its instructions
+        assert "translations (blocks decoded)" in report and "exits to Python" in report
 
 
 #                         fninit  jmp +0  cpuid  dec ebx  jnz -6  jmp -12
@@ -79,7 +80,7 @@ def test_host_code_beside_the_guests_and_calls_of_handlers(monkeypatch):
     block = next(block for block in profile.blocks.values() if block.host)
     assert len(block.host) == len([line for line in block.disassembly() if line.startswith("0x")])
     text = "\n".join(block.disassembly())
-    assert "micro-op cpuid" in text or "budget" in text  # the block of CPUID, or of the branch behind it
+    assert "micro-op cpuid" in text or "request" in text  # the block of CPUID, or of the branch behind it
     assert "handlers called by host code" in profile.report()
 
 
