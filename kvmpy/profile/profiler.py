@@ -132,7 +132,7 @@ class Profile:
             for name, text in names.items():
                 if counters.get(name):
                     rate = counters[name] / max(self.seconds, 1e-9)
-                    lines.append(f"  {counters[name]:>15,}  {text}, {rate:,.3g} per second")
+                    lines.append(f"  {counters[name]:>15,}  {text}, {rate:,.0f} per second")
             lines += self._handlers(vcpu, top)
         if len(symbols):
             lines += ["", f"functions{'':34}samples"]

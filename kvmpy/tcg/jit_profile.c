@@ -131,7 +131,8 @@ static bool name_of_code(const struct jit *j, const uint8_t *at, char *name, siz
 /* Somewhere in the JIT's data there may be a micro-op: what is no row has no name. */
 static bool name_of_data(const struct jit *j, const uint8_t *at, char *name, size_t size)
 {
-    if (at < j->data || at + sizeof(struct uop) > j->data + j->used || (at - j->data) % 8)
+    uintptr_t offset = (uintptr_t)at - (uintptr_t)j->data; /* of any address: it may wrap */
+    if (offset >= j->used || j->used - offset < sizeof(struct uop) || offset % 8)
         return false;
     if (at == (const uint8_t *)j->data_target) {
         snprintf(name, size, "target table");
