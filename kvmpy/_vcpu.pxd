@@ -7,7 +7,8 @@ from kvmpy._linux_kvm cimport kvmpy_gate
 from kvmpy._vcpu_state cimport VcpuState
 
 cdef extern from "kick.h" nogil:
-    ctypedef int kvmpy_target
+    ctypedef struct kvmpy_target:
+        pass
 
 cdef extern from "rings.h" nogil:
     struct kvm_dirty_gfn:

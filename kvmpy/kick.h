@@ -19,8 +19,12 @@
 #include "engine.h"
 #include "kvm_compat.h"
 
-/* `target` is the thread in KVM_RUN (0: none; negative: a kick is just being sent to it). */
-typedef _Atomic int kvmpy_target;
+/* Whom a kick meets. */
+typedef struct {
+    _Atomic int thread;  /* that is in KVM_RUN, or 0 */
+    _Atomic int kickers; /* that have looked at `thread` and may send it a signal */
+    _Atomic int kicked;  /* this KVM_RUN has its signal: more of them would only keep the thread busy */
+} kvmpy_target;
 
 /* Set by the signal handler of this thread: tells a late kick signal from one of somebody else. */
 static __thread volatile sig_atomic_t kvmpy_kick_seen;
@@ -54,16 +58,11 @@ static inline void kick_send(const struct kvmpy_engine *engine, int handle, stru
     __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     if (engine->kick)
         engine->kick(handle);
-    int thread = atomic_load(target);
-    while (thread)
-        if (thread < 0) { /* the signal of that kick may have come before our immediate_exit */
-            sched_yield();
-            thread = atomic_load(target);
-        } else if (atomic_compare_exchange_weak(target, &thread, -thread)) {
-            syscall(SYS_tgkill, getpid(), thread, signal);
-            atomic_store(target, thread);
-            return;
-        }
+    atomic_fetch_add(&target->kickers, 1);
+    int thread = atomic_load(&target->thread);
+    if (thread && !atomic_exchange(&target->kicked, 1))
+        syscall(SYS_tgkill, getpid(), thread, signal);
+    atomic_fetch_sub(&target->kickers, 1);
 }
 
 static __thread int kvmpy_thread, kvmpy_process;
@@ -93,18 +92,16 @@ static inline long run_once(const struct kvmpy_engine *engine, int handle, struc
     long result;
 
     in_main_thread();
-    int thread = kvmpy_thread;
     run->exit_reason = KVM_EXIT_UNKNOWN; /* so that an error that fills kvm_run can be told from a stale exit */
     kvmpy_kick_seen = 0;
-    atomic_store(target, thread);
+    atomic_store(&target->kicked, 0); /* a kick before this has set immediate_exit: KVM_RUN will see it */
+    atomic_store(&target->thread, kvmpy_thread);
     do
         result = engine->ioctl(handle, KVM_RUN, 0);
     while (result == -EAGAIN); /* an application processor that just left wait-for-SIPI */
-    int expected = thread;
-    while (!atomic_compare_exchange_strong(target, &expected, 0)) {
-        expected = thread; /* a kicker is between its two steps */
+    atomic_store(&target->thread, 0);
+    while (atomic_load(&target->kickers)) /* their signals are for this KVM_RUN, not for what comes after it */
         sched_yield();
-    }
     *kicked = result == -EINTR && __atomic_exchange_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
     return result;
 }
