@@ -59,12 +59,11 @@ static void leave_at(struct place_of_code *a, struct emit *e, uint32_t offset)
     jump_to(a, e->j->exit_rip);
 }
 
-/* CMP request, 0: where time may pass without end. Gives the jump that is taken when somebody wants something. */
-static uint8_t *poll(struct place_of_code *a, struct emit *e)
+/* CMP request, 0: where time may pass without end. NZ when somebody wants something. */
+static void poll(struct place_of_code *a, struct emit *e)
 {
     put_insn(a, 0, false, 0, 0x83, 7, rm_abs((const void *)&e->c->request), 1);
     put1(a, 0);
-    return jcc32(a, COND_NZ);
 }
 
 static void exit_by(struct place_of_code *a, struct emit *e, const struct jit_link *l)
@@ -105,14 +104,21 @@ static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t targ
         }
         const uint8_t *saved = run_address(a);
         if (backward)
-            asked = poll(a, e);
+            poll(a, e);
+        if (backward && l->leaves_page)
+            asked = jcc32(a, COND_NZ);
         if (l->leaves_page) {
             mov_load(a, S0, FIELD(e, jit.serial));
             put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->serial), 0);
             unproved = jcc32(a, COND_NZ);
             alu_imm(a, true, 0, FIELD(e, jit.page), (int32_t)(offset & ~0xfffll));
         }
-        l->far_site = jmp32(a);
+        if (backward && !l->leaves_page) { /* a loop: one jump a turn */
+            l->far_site = jcc32(a, COND_Z);
+            asked = jmp32(a);
+        } else {
+            l->far_site = jmp32(a);
+        }
         l->far_stub = run_address(k);
         if (l->leaves_page) /* unlinked: the page is not yet changed in the exits above */
             alu_imm(k, true, 0, FIELD(e, jit.page), -(int32_t)(offset & ~0xfffll));
@@ -246,8 +252,10 @@ static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint
 
 static void poll_or_leave(struct emit *e, uint32_t offset)
 {
-    if (!e->shadow) /* no interrupt right behind STI */
-        leave_from(e, poll(&e->a, e), offset);
+    if (e->shadow) /* no interrupt right behind STI */
+        return;
+    poll(&e->a, e);
+    jit_leave_if(e, COND_NZ, offset);
 }
 
 /* Here the slow path of a terminator's access comes back: its own, or that of a group which ends with it. */
