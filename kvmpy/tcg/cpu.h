@@ -126,7 +126,8 @@ struct tlb_entry {
     uint64_t rd, wr, ex;  /* linear page address that may be accessed so, or one with low bits set */
     uintptr_t addend;     /* host address = linear address + addend */
 };
-struct tlb_info { uint64_t gpa; uint8_t shift; }; /* guest page, size of the mapping as a power of two */
+/* guest page, size of the mapping as a power of two, 1 + protection key or 0 where PKRU does not count */
+struct tlb_info { uint64_t gpa; uint8_t shift, key; };
 enum { MMU_USER, MMU_KERNEL, MMU_KERNEL_AC, MMU_USER_AC, MMU_COUNT }; /* KERNEL: SMAP holds; _AC: EFLAGS.AC is set */
 struct tlb {
     struct tlb_entry e[TLB_SIZE];
@@ -402,6 +403,7 @@ long cpu_profile(struct cpu *c, bool on);
 long cpu_profile_ioctl(struct cpu *c, unsigned long request, void *p);
 
 void cpu_flush_tlb(struct cpu *c);         /* own thread or not running */
+void cpu_set_pkru(struct cpu *c, uint32_t value); /* likewise */
 void cpu_flush_code(struct cpu *c);
 /* any thread: */
 static inline void cpu_request(struct cpu *c, uint32_t bits) { atomic_fetch_or(&c->request, bits); }

@@ -14,6 +14,7 @@ struct walk {
     unsigned shift;   /* size of the mapping as a power of two */
     bool read, write, exec; /* allowed for this mode */
     bool global, dirty, user, writable;
+    uint8_t key;      /* 1 + protection key, of pages that PKRU guards; else 0 */
     uint32_t error;
 };
 /* Walks for `access` in mode `mmu`. true: allowed, w filled. false: w->error is the page fault's error code. With
@@ -29,9 +30,12 @@ struct place { uint8_t *host; uint64_t gpa; struct page_info page; }; /* where o
 struct place tlb_fill(struct cpu *c, int mmu, const struct uop *u, uint64_t lin, enum access access, int stack);
 /* Linear addresses [lo, hi] are covered by large pages in `t`. */
 void tlb_large(struct tlb *t, uint64_t lo, uint64_t hi);
+/* These bits of PKRU changed: an entry that they decided about must be filled anew. */
+void tlb_new_rights(struct tlb_entry *e, const struct tlb_info *info, uint32_t changed);
 
 /* pcid.c */
 void pcid_protect_code(struct cpu *c, uint64_t gpa);
+void pcid_new_rights(struct cpu *c, uint32_t changed); /* in PKRU */
 
 /* ea.c: an access near a segment limit, or through a segment that may not be written, is under way */
 bool at_edge(const struct cpu *c);

@@ -485,8 +485,7 @@ OP(wrpkru)
         cpu_fault(c, u, EXC_UD);
     if (GET32(RCX * 8) || GET32(RDX * 8))
         cpu_fault_code(c, u, EXC_GP, 0);
-    c->pkru = GET32(0);
-    cpu_flush_tlb(c);
+    cpu_set_pkru(c, GET32(0));
     LEAVE_AFTER;
 }
 OP(xgetbv)

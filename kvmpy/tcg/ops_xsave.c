@@ -123,9 +123,10 @@ int cpu_xsave_load(struct cpu *c, const uint8_t *a, uint64_t rfbm)
         }
     }
     if (rfbm & PKRU) {
-        c->pkru = 0;
+        uint32_t pkru = 0;
         if (bv & PKRU)
-            memcpy(&c->pkru, a + OFF_PKRU, 4);
+            memcpy(&pkru, a + OFF_PKRU, 4);
+        cpu_set_pkru(c, pkru);
     }
     return 0;
 }
@@ -240,7 +241,6 @@ static void restore(struct cpu *c, const struct uop *u, bool compact_only)
         mem_read_bytes(c, u, lin + xstate_offset(comp, 9), a + OFF_PKRU, 8);
     if (unlikely(c->carried & rfbm))
         restore_carried(c, u, lin, rfbm, bv, comp);
-    uint32_t old = c->pkru;
     if (!code64(c)) { /* XMM8-15 are out of reach */
         for (unsigned i = 8; i < 16; i++) {
             memcpy(a + 160 + 16 * i, c->v[i].b, 16);
@@ -251,8 +251,6 @@ static void restore(struct cpu *c, const struct uop *u, bool compact_only)
     if ((rfbm & bv & X87) && !rexw(c, u))
         load_x87(c, a, false);
     fp_reload(c);
-    if (c->pkru != old)
-        cpu_flush_tlb(c);
 }
 
 OP(xsave_m) { save(c, u, false); NEXT_RETURN; }

@@ -207,6 +207,7 @@ static bool permit(struct cpu *c, enum access access, int mmu, const struct path
         w->exec = !(p->rights & PTE_NX) && !(upage && (c->cr4 & CR4_SMEP));
     }
     bool pk_fault = false;
+    w->key = 0;
     if (upage && (c->cr4 & CR4_PKE) && long_mode(c)) {
         unsigned key = p->entry[p->n - 1] >> 59 & 15;
         bool ad = c->pkru >> (2 * key) & 1, wd = c->pkru >> (2 * key + 1) & 1;
@@ -214,6 +215,7 @@ static bool permit(struct cpu *c, enum access access, int mmu, const struct path
         pk_fault = access == ACCESS_READ ? ad : access == ACCESS_WRITE ? wdeny : false;
         w->read = w->read && !ad;
         w->write = w->write && !wdeny;
+        w->key = (uint8_t)(1 + key);
     }
     if (access == ACCESS_READ ? w->read : access == ACCESS_WRITE ? w->write : w->exec)
         return true;

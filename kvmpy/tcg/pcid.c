@@ -134,3 +134,10 @@ void pcid_protect_code(struct cpu *c, uint64_t gpa)
             if (c->pcid_bags->bag[i].kept[n].info.gpa == gpa)
                 c->pcid_bags->bag[i].kept[n].e.wr = TLB_INVALID;
 }
+
+void pcid_new_rights(struct cpu *c, uint32_t changed)
+{
+    for (unsigned i = 0; c->pcid_bags && i < BAGS; i++)
+        for (unsigned n = 0; c->pcid_bags->bag[i].full && n < c->pcid_bags->bag[i].count; n++)
+            tlb_new_rights(&c->pcid_bags->bag[i].kept[n].e, &c->pcid_bags->bag[i].kept[n].info, changed);
+}

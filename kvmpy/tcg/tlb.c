@@ -68,7 +68,7 @@ struct place tlb_fill(struct cpu *c, int mmu, const struct uop *u, uint64_t lin,
     e->ex = w.exec ? page : TLB_INVALID;
     if (mmu == MMU_USER_AC || c->watching)
         e->rd = e->wr = TLB_INVALID;
-    t->info[i] = (struct tlb_info){.gpa = w.gpa, .shift = (uint8_t)w.shift};
+    t->info[i] = (struct tlb_info){.gpa = w.gpa, .shift = (uint8_t)w.shift, .key = w.key};
     t->used[i / 64] |= 1ull << i % 64;
     if (w.global)
         t->local[i / 64] &= ~(1ull << i % 64);
@@ -167,6 +167,28 @@ void mmu_invlpg(struct cpu *c, uint64_t lin)
     }
     walks_invlpg(c, lin);
     jit_forget_page(c, lin);
+}
+
+void tlb_new_rights(struct tlb_entry *e, const struct tlb_info *info, uint32_t changed)
+{
+    if (info->key && changed >> 2 * (info->key - 1) & 3)
+        e->rd = e->wr = TLB_INVALID;
+}
+
+/* PKRU guards loads and stores, not code (SDM vol. 3A, 4.6.2). Linux writes it at every fork and exec. */
+void cpu_set_pkru(struct cpu *c, uint32_t value)
+{
+    uint32_t changed = c->pkru ^ value;
+    c->pkru = value;
+    if (!changed)
+        return;
+    for (unsigned m = 0; m < MMU_COUNT; m++)
+        for (unsigned w = 0; w < TLB_SIZE / 64; w++)
+            for (uint64_t bits = c->tlbs[m].used[w]; bits; bits &= bits - 1) {
+                unsigned i = w * 64 + (unsigned)__builtin_ctzll(bits);
+                tlb_new_rights(&c->tlbs[m].e[i], &c->tlbs[m].info[i], changed);
+            }
+    pcid_new_rights(c, changed);
 }
 
 void mmu_protect_code(struct cpu *c, uint64_t gpa)
