@@ -12,7 +12,7 @@
 #define COLD_SIZE (16u << 20)
 #define DATA_SIZE (24u << 20) /* micro-ops of helper calls, records of links and blocks */
 #define CODE_SLACK (96u << 10) /* more than one block can need */
-#define TARGET_BITS 12
+#define TARGET_BITS 14
 #define MAX_CONTEXTS 16
 
 /* A host address for an indirect jump: key is RIP ^ context. */
