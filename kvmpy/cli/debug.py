@@ -60,10 +60,20 @@ def add_parser(commands: Any) -> None:
     run.add_arguments(profile)
 
 
+def _software_leads() -> bool:
+    from kvmpy import Vm
+
+    with Vm("auto", lead=True) as vm:
+        return vm.assist.leads
+
+
 def _profile(options: argparse.Namespace) -> int:
     from kvmpy.profile import Profiler, Symbols
 
     symbols = Symbols.read(options.symbols) if options.symbols else Symbols()
+    if options.backend == "auto" and _software_leads():
+        options.backend = "tcg"  # by itself: each sample would cost a move of all state to the kernel's vCPU
+        print("kvmpy: this KVM emulates ring 0; profiling on the software CPU alone", file=sys.stderr)
     profilers: list[Profiler] = []
 
     @contextlib.contextmanager

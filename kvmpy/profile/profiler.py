@@ -163,7 +163,7 @@ class Profile:
 class Profiler:
     """Samples a running machine from entry to exit as a context manager; then `profile` is complete.
 
-    interval: seconds between two samples of a vCPU.
+    interval: seconds that a vCPU runs between two samples, at least.
     """
 
     def __init__(self, machine: Machine, interval: float = 0.001) -> None:
@@ -176,6 +176,7 @@ class Profiler:
         self._thread = threading.Thread(target=self._kick, name="profiler", daemon=True)
         self._before: dict[int, Mapping[str, int]] = {}
         self._asked: dict[int, threading.Event] = {}  # vCPUs of whose translator we asked; set: no longer
+        self._due: dict[int, float] = {}  # when a vCPU is to be kicked again
         self._started = 0.0
 
     def __enter__(self) -> Profiler:
@@ -185,7 +186,7 @@ class Profiler:
             self.profile.samples[vcpu.id] = Counter()
         self._before = self._read()
         self._started = time.monotonic()
-        self._vm.handlers.kicked = self._note
+        self._vm.handlers.kicked = self._kicked
         self._thread.start()
         return self
 
@@ -209,12 +210,22 @@ class Profiler:
 
     def _kick(self) -> None:
         while not self._stop.wait(self._interval):
+            now = time.monotonic()
             for vcpu in self._vm.vcpus:
+                if now < self._due.get(vcpu.id, 0.0):
+                    continue
+                self._due[vcpu.id] = now + WAIT
                 with contextlib.suppress(StateError):  # closed since we looked
                     vcpu.kick()
 
+    def _kicked(self, vcpu: Vcpu) -> None:
+        """In the vCPU's thread, out of the guest. The interval begins behind it: a slow host samples less often."""
+        try:
+            self._note(vcpu)
+        finally:
+            self._due[vcpu.id] = time.monotonic() + self._interval
+
     def _note(self, vcpu: Vcpu) -> None:
-        """In the vCPU's thread, out of the guest."""
         if self._stop.is_set():
             self._ask_no_more(vcpu)
             return

@@ -89,7 +89,8 @@ class Lead:
         self._answered = False  # an exit of the partner is being served; it goes on by running it again
         self._completes = False  # an exit of the kernel's vCPU is
         self._halted = False
-        self._keep = 0
+        self._keep = 0  # KEEP: what is decoded stays, because the kernel's vCPU ran nothing that may have written code
+        self._exits = 0  # of the kernel's vCPU when it got the state
         self._tsc_offset = 0
         self._stepping = False
 
@@ -124,6 +125,7 @@ class Lead:
         self._partner.give(self._vcpu)
         self._move_nmis()
         self._wrote()
+        self._exits = self._vcpu.exit_count
 
     def _move_nmis(self) -> None:
         events = self._cpu.vcpu_events
@@ -137,8 +139,11 @@ class Lead:
         """Take the state from the kernel's vCPU, which first ends what it has begun; an exit of it, if there is one."""
         vcpu = self._vcpu
         state = vcpu.mp_state
+        if vcpu.exit_count != self._exits:  # somebody ran it meanwhile
+            self._keep = 0
         while self._completes or state not in (KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_HALTED):
             self._completes = False
+            self._keep = 0
             self._single_step()
             self._zap()
             exit = vcpu.run()
@@ -149,7 +154,7 @@ class Lead:
         if not self._partner.take(vcpu):
             raise KvmError(EINVAL, "KVM_GET_VCPU_EVENTS", "the guest is in system-management mode")
         self._cpu.request_interrupt_window = False
-        self._ahead, self._keep = True, 0
+        self._ahead = True
         self._halted = state == KVM_MP_STATE_HALTED
         self._get_tsc_offset()
         self._single_step()
@@ -203,7 +208,9 @@ class Lead:
 
     def _interrupted(self) -> x.Exit:
         self.leave()
-        return self._vcpu.run()  # immediate_exit is set
+        exit = self._vcpu.run()  # at once: immediate_exit is set
+        self._exits = self._vcpu.exit_count
+        return exit
 
     def _step(self, wanted: x.Exit) -> x.Exit | None:
         """Have the kernel's vCPU run one instruction, or raise its exception. Interrupts wait for the parking lot."""

@@ -234,6 +234,25 @@ def test_a_paused_vcpu_has_its_whole_state(guest):
     assert vm.wait(30) == Outcome("done", 42)
 
 
+def test_a_pause_forgets_no_code(guest):
+    vm = guest("ffc7 83fb07 75f9" + DONE)  # again: inc edi  cmp ebx,7  jne again
+    vm.start()
+    vm.pause()
+    vcpu = vm.vcpus[0]
+    vm.resume()
+    vm.pause()
+    decoded = vcpu.leader.stats().read()["blocks"]
+    for _ in range(20):
+        vm.resume()
+        vm.pause()
+    assert vcpu.leader.stats().read()["blocks"] <= decoded + 2  # where it is paused, a block may begin
+    regs = vcpu.regs
+    regs.rbx = 7
+    vcpu.regs = regs
+    vm.resume()
+    assert vm.wait(30) == Outcome("done", 42)
+
+
 def test_a_pause_in_hlt_goes_on_sleeping(guest):
     vm = guest("fb f4 ffc7" + DONE, (HANDLER, "bb07000000 48cf"), idt=((PIC_BASE + IRQ, HANDLER),))
     unmask(vm)
@@ -350,6 +369,20 @@ def test_a_vcpu_run_by_hand_is_kvms_own_again(guest):
     assert exits == [IoOut(0x80, b"\0")] * 2
     vm.vcpus[0].kick()
     assert vm.vcpus[0].run() == Interrupted()
+
+
+def test_code_that_kvm_wrote_when_run_by_hand_is_run(guest):
+    # again: call USER  out 0x80,al  jmp again; writer: mov byte [USER],0x90  out 0x81,al  jmp again
+    writer = "c604250001010090 e681 e979ffffff"
+    vm = guest("e8fb000000 e680 ebf7", (CODE + 0x78, writer), (USER, "c3" + DONE))
+    vm.on_io_out(0x80)(lambda exit: Outcome("once"))
+    assert vm.run(timeout=30) == Outcome("once")
+    vcpu = vm.vcpus[0]
+    regs = vcpu.regs
+    regs.rip = CODE + 0x78
+    vcpu.regs = regs
+    assert vcpu.run() == IoOut(0x81, b"\0")  # there is a NOP now where the software CPU knows a RET
+    assert vm.run(timeout=30) == Outcome("done", 42)
 
 
 def test_only_features_with_state_need_kvms_consent(guest):
