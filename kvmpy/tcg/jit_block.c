@@ -45,7 +45,7 @@ OP(jit_load)
 /* From `site` to the loop, with RIP at this offset and the state of now; EFLAGS are lost. */
 static void leave_from(struct emit *e, uint8_t *site, uint32_t offset)
 {
-    e->leave[e->nleave++] = (struct leave){site, offset, e->dirty, e->flags & ~(unsigned)IN_EFLAGS, e->recipe};
+    e->leave[e->nleave++] = (struct leave){site, offset, e->dirty, jit_lost(e->flags), e->recipe};
 }
 
 void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset) { leave_from(e, jcc32(&e->a, cond), offset); }
@@ -124,11 +124,11 @@ static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t targ
             alu_imm(k, true, 0, FIELD(e, jit.page), -(int32_t)(offset & ~0xfffll));
         if (asked)
             set_target(asked, delta, run_address(k));
-        jit_make_cc(k, e, flags & ~(unsigned)IN_EFLAGS, &e->recipe);
+        jit_make_cc(k, e, jit_lost(flags), &e->recipe);
         exit_by(k, e, l);
         if (unproved) {
             set_target(unproved, delta, run_address(k));
-            jit_make_cc(k, e, flags & ~(unsigned)IN_EFLAGS, &e->recipe);
+            jit_make_cc(k, e, jit_lost(flags), &e->recipe);
             lea(k, true, S0, rm_abs(l));
             jump_to(k, e->j->prove);
         }
@@ -201,7 +201,7 @@ static void drop_stack(struct place_of_code *a, int32_t bytes)
 static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint32_t again)
 {
     struct place_of_code *a = &e->a, *k = &e->k;
-    unsigned flags = e->flags & ~(unsigned)IN_EFLAGS;
+    unsigned flags = jit_lost(e->flags);
     if (e->j->off & JIT_NO_INDIRECT) {
         if (!canonical_known)
             leave_from(e, unless_canonical(e, a), again);
@@ -318,7 +318,7 @@ static bool terminator(struct emit *e, const struct decoded *d)
     case JIT_JCC:
         if (d->cond == 0xff || !near)
             return false;
-        jit_need_eflags(e);
+        jit_need_eflags(e, d->flags_read);
         branch(e, d->cond, target, next);
         return true;
     case JIT_JMP:

@@ -87,7 +87,7 @@ void jit_tell_perf(uint64_t rip, const struct piece *pieces, unsigned count); /*
 OP_DECL(jit_back);
 
 /* ---- emission ---- */
-enum { IN_CC = 1, IN_EFLAGS = 2, IN_RECIPE = 4 }; /* where the flags are: jit_flags.c */
+enum { IN_CC = 1, IN_EFLAGS = 2, IN_RECIPE = 4, BUT_CARRY = 8 }; /* where the flags are: jit_flags.c */
 struct recipe {
     uint8_t kind, size, dst, src; /* host registers */
     bool wide;
@@ -128,6 +128,7 @@ struct emit {
     uint32_t start;          /* of the block, in its page */
     unsigned flags;          /* IN_* */
     struct recipe recipe;    /* with IN_RECIPE */
+    bool carry_in_cc;        /* the instruction that is emitted leaves it there */
     unsigned nslow, nleave, helpers;
     struct slow *group;      /* S0 holds the addend for accesses of this group; NULL: there is none (jit_group.c) */
     unsigned group_first, group_last; /* instructions */
@@ -178,9 +179,12 @@ void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned othe
 void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset);
 void jit_slow_if(struct emit *e, struct slow *s, unsigned cond);
 /* jit_flags.c */
+static inline unsigned jit_lost(unsigned flags) { return flags & ~(unsigned)(IN_EFLAGS | BUT_CARRY); }
 void jit_flags_made(struct emit *e, const struct decoded *d, unsigned size); /* by the `size` bytes before e->a.p */
 void jit_need_cc(struct emit *e);
-void jit_need_eflags(struct emit *e);    /* clobbers S1 */
+void jit_need_eflags(struct emit *e, unsigned which); /* FLAG_*; clobbers S1 */
+/* INC or DEC of a register is next, and the host's may run with any carry. */
+bool jit_keeps_carry(const struct emit *e, const struct decoded *d);
 void jit_lose_eflags(struct emit *e);    /* they are about to be clobbered */
 void jit_make_cc(struct place_of_code *a, struct emit *e, unsigned flags, const struct recipe *r); /* out of line; clobbers S1 */
 void jit_restore_flags(struct place_of_code *a, struct emit *e);

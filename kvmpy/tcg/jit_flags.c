@@ -6,6 +6,9 @@
  * nowhere, but a few instructions make them again, for the registers they came from still hold the values. A softTLB
  * probe or a poll clobbers EFLAGS, and mostly nobody looks at the flags of before but a fault or an interrupt: with a
  * recipe only their ways out, which are seldom run, make the flags and save them.
+ *
+ * INC and DEC leave the carry alone. When it is in c->cc it stays there, and the host's EFLAGS have the others
+ * (BUT_CARRY): the recipe takes the carry from there and counts once more.
  */
 #include "jit_code.h"
 
@@ -18,6 +21,19 @@ static void save(struct place_of_code *a, struct emit *e)
     mov_rr(a, S1, RAX);
     put1(a, 0x9f);
     put_insn(a, 0, false, 1, 0x90, 0, rm_reg(RAX), 0);
+    put_insn(a, P_66, false, 0, 0x89, RAX, rm_abs(&e->c->cc), 0);
+    mov_rr(a, RAX, S1);
+}
+
+/* The same, except for the carry, which stays what it is in c->cc. EFLAGS are lost. */
+static void save_but_carry(struct place_of_code *a, struct emit *e)
+{
+    mov_rr(a, S1, RAX);
+    put1(a, 0x9f);
+    put_insn(a, 0, false, 1, 0x90, 0, rm_reg(RAX), 0);
+    put_insn(a, P_66, false, 0, 0x33, RAX, rm_abs(&e->c->cc), 0); /* XOR: which bits differ ... */
+    alu_imm(a, false, 4, rm_reg(RAX), ~0x100);                   /* ... the carry does not count ... */
+    put_insn(a, P_66, false, 0, 0x33, RAX, rm_abs(&e->c->cc), 0);
     put_insn(a, P_66, false, 0, 0x89, RAX, rm_abs(&e->c->cc), 0);
     mov_rr(a, RAX, S1);
 }
@@ -35,7 +51,7 @@ void jit_restore_flags(struct place_of_code *a, struct emit *e)
 
 /* ---- recipes ---- */
 
-enum { NONE, AGAIN, TEST, ADD, SUB }; /* the opcode as it was; TEST dst, dst; ... */
+enum { NONE, AGAIN, TEST, COUNT, ADD, SUB }; /* the opcode as it was; TEST dst, dst; INC or DEC; ... */
 
 static void add_or_sub(struct place_of_code *a, const struct recipe *r, unsigned op) /* ADD 0, SUB 5 */
 {
@@ -45,7 +61,7 @@ static void add_or_sub(struct place_of_code *a, const struct recipe *r, unsigned
         alu_imm(a, r->wide, op, rm_reg(S1), r->imm);
 }
 
-static void make(struct place_of_code *a, const struct recipe *r)
+static void make(struct place_of_code *a, struct emit *e, const struct recipe *r)
 {
     switch (r->kind) {
     case AGAIN:
@@ -55,12 +71,41 @@ static void make(struct place_of_code *a, const struct recipe *r)
     case TEST:
         put_insn(a, 0, r->wide, 0, 0x85, r->dst, rm_reg(r->dst), 0);
         return;
+    case COUNT:
+        jit_restore_flags(a, e);
+        lea(a, true, S1, rm_mem(r->dst, -r->imm));
+        put_insn(a, 0, r->wide, 0, 0xff, r->imm < 0, rm_reg(S1), 0);
+        return;
     case ADD: case SUB: /* backwards to the value of before, then once more */
         lea(a, true, S1, rm_mem(r->dst, -r->moved));
         add_or_sub(a, r, r->kind == ADD ? 5 : 0);
         add_or_sub(a, r, r->kind == ADD ? 0 : 5);
         return;
     }
+}
+
+/* INC or DEC of a whole register, by 1 or -1; else 0. */
+static int counts(const struct decoded *d, int *guest)
+{
+    struct operands o;
+    if (d->row->jit != JIT_COPY || d->enc.mem || d->enc.osize == 2 || (strcmp(d->row->name, "inc") && strcmp(d->row->name, "dec")))
+        return 0;
+    jit_find_operands(d, &o);
+    *guest = o.rm;
+    if (d->row->size != 1 || o.rm < 0 || o.rm == RSP || homed((unsigned)o.rm))
+        return 0;
+    return d->row->name[0] == 'i' ? 1 : -1;
+}
+
+static bool carry_is_in_cc(const struct emit *e)
+{
+    return e->flags & IN_CC || (e->flags & IN_RECIPE && e->recipe.kind == COUNT);
+}
+
+bool jit_keeps_carry(const struct emit *e, const struct decoded *d)
+{
+    int guest;
+    return !(e->j->off & JIT_NO_FLAGS) && !(e->flags & IN_EFLAGS) && carry_is_in_cc(e) && counts(d, &guest);
 }
 
 /* `d` has just been emitted, as `size` bytes up to e->a.p, and has made the flags. */
@@ -106,6 +151,14 @@ void jit_flags_made(struct emit *e, const struct decoded *d, unsigned size)
 {
     if (!d->flags_written)
         return;
+    if (e->carry_in_cc) {
+        int guest, by = counts(d, &guest);
+        e->carry_in_cc = false;
+        e->recipe = (struct recipe){.kind = COUNT, .src = NO_REG, .dst = (uint8_t)host_reg((unsigned)guest),
+                                    .wide = d->enc.osize == 8, .imm = by, .uses = 1u << guest};
+        e->flags = IN_RECIPE | BUT_CARRY;
+        return;
+    }
     e->flags = IN_EFLAGS;
     write_recipe(e, d, size);
     if (e->recipe.kind && !(e->j->off & JIT_NO_FLAGS))
@@ -118,23 +171,27 @@ void jit_make_cc(struct place_of_code *a, struct emit *e, unsigned flags, const 
 {
     if (flags & IN_CC)
         return;
+    if ((flags & (IN_EFLAGS | BUT_CARRY)) == BUT_CARRY) {
+        save_but_carry(a, e);
+        return;
+    }
     if (!(flags & IN_EFLAGS))
-        make(a, r);
+        make(a, e, r);
     save(a, e);
 }
 
 void jit_need_cc(struct emit *e)
 {
     jit_make_cc(&e->a, e, e->flags, &e->recipe);
-    e->flags |= IN_CC;
+    e->flags = (e->flags & ~(unsigned)BUT_CARRY) | IN_CC;
 }
 
-void jit_need_eflags(struct emit *e)
+void jit_need_eflags(struct emit *e, unsigned which)
 {
-    if (e->flags & IN_EFLAGS)
+    if (e->flags & IN_EFLAGS || (e->flags & BUT_CARRY && !(which & FLAG_C)))
         return;
     if (e->flags & IN_RECIPE)
-        make(&e->a, &e->recipe);
+        make(&e->a, e, &e->recipe);
     else
         jit_restore_flags(&e->a, e);
     e->flags |= IN_EFLAGS;
@@ -145,7 +202,7 @@ void jit_lose_eflags(struct emit *e)
 {
     if (!(e->flags & (IN_CC | IN_RECIPE)))
         jit_need_cc(e);
-    e->flags &= ~(unsigned)IN_EFLAGS;
+    e->flags = jit_lost(e->flags);
 }
 
 /* A recipe for what RSP has become follows when RSP moves by a constant. */
@@ -160,10 +217,12 @@ void jit_registers_will_change(struct emit *e, const struct decoded *d, uint8_t 
     int64_t by;
     if (!(e->flags & IN_RECIPE) || !(jit_written(d) & e->recipe.uses) || follows(e, d, &by))
         return;
-    bool seen = d->barrier || ((observed & ~d->flags_written) | d->flags_read);
+    unsigned seen = d->barrier ? ~0u : (observed & ~d->flags_written) | d->flags_read;
+    if (seen == FLAG_C && carry_is_in_cc(e))
+        e->flags |= IN_CC;
     if (seen && !(e->flags & (IN_CC | IN_EFLAGS)))
         jit_need_cc(e);
-    e->flags &= ~(unsigned)IN_RECIPE;
+    e->flags &= ~(unsigned)(IN_RECIPE | BUT_CARRY);
     if (!e->flags)
         e->flags = IN_CC; /* whatever is there: nobody looks */
 }

@@ -299,8 +299,8 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
             return false;
     }
     bool eflags = wants_eflags(d, observed);
-    if (!mem && eflags)
-        jit_need_eflags(e);
+    if (!mem && eflags && !(e->carry_in_cc = jit_keeps_carry(e, d)))
+        jit_need_eflags(e, d->flags_written ? ~0u : d->flags_read);
     struct slow *s = NULL;
     struct rm rm = {0};
     struct scratch scratch = {.used = 0};
@@ -308,7 +308,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
         s = jit_begin_access(e);
         rm = jit_operand(e, d, size, write, s, nhomed > 0 || eflags);
         if (eflags)
-            jit_need_eflags(e);
+            jit_need_eflags(e, ~0u);
     } else if (o.rm >= 0) {
         rm = rm_reg(o.high_rm ? (unsigned)o.rm + 4 : fetch(e, o.rm, &scratch));
     }
@@ -349,7 +349,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
 static bool fixed(struct emit *e, const struct decoded *d, uint8_t observed)
 {
     if (wants_eflags(d, observed))
-        jit_need_eflags(e);
+        jit_need_eflags(e, ~0u);
     const uint8_t *start = e->a.p;
     if (prefixes(d) & P_66)
         put1(&e->a, 0x66);

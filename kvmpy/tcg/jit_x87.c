@@ -146,7 +146,7 @@ bool jit_x87(struct emit *e, const struct decoded *d)
     }
     if (!d->enc.mem) {
         if (d->flags_read)
-            jit_need_eflags(e);
+            jit_need_eflags(e, d->flags_read);
         put1(&e->a, d->enc.opcode);
         if (r->modrm)
             put1(&e->a, d->enc.modrm);

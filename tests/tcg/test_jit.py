@@ -56,10 +56,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def integers(seed: int, each: int) -> bytes:
+def integers(seed: int, each: int, names: frozenset[str] = frozenset()) -> bytes:
     rng = random.Random(seed)
     host = set(Path("/proc/cpuinfo").read_text().split())
-    rows = [row for row in optable.load() if instructions.usable(row, host)]
+    rows = [row for row in optable.load() if instructions.usable(row, host) and (not names or row.handler in names)]
     return b"".join(instructions.encode(row, rng) for row in rows for _ in range(each))
 
 
@@ -97,6 +97,16 @@ def test_sequences_as_in_the_interpreter(programs, switches):
     assert ran == 6000
     faults = re.search(r"(\d+) faults", output)
     assert faults and int(faults[1]) > 500, "hardly a fault: the sequences are too tame"
+
+
+COUNTING = frozenset("inc dec add cmp mov adc setb setbe setz cmovbe lahf shl".split())
+
+
+@pytest.mark.parametrize("switches", OFF)
+def test_flags_of_counting_as_in_the_interpreter(programs, switches):
+    """INC and DEC leave the carry where it is; others look at it, or fault and show it."""
+    ran, _ = differences([programs / "sequences", "17", "1500"], integers(17, 20, COUNTING), switches)
+    assert ran == 1500
 
 
 @pytest.mark.parametrize("switches", [*OFF, "all,nox87"])
