@@ -21,6 +21,7 @@ struct segment {
     const uint8_t *data;
     uint16_t mss; /* 0: no such option */
     int shift;    /* -1: no such option */
+    bool sack;
 };
 
 static bool parse(const struct packet *p, struct segment *g)
@@ -44,6 +45,8 @@ static bool parse(const struct packet *p, struct segment *g)
             g->mss = get16(t + at + 2);
         if (t[at] == 3 && t[at + 1] == 3)
             g->shift = t[at + 2] > MAX_SHIFT ? MAX_SHIFT : t[at + 2];
+        if (t[at] == 4 && t[at + 1] == 2)
+            g->sack = true;
         at += t[at + 1];
     }
     return true;
@@ -57,6 +60,7 @@ static void learn_options(struct stack *s, struct flow *f, const struct segment 
     t->mss = t->mss > most ? most : t->mss < SMALLEST_MSS ? SMALLEST_MSS : t->mss;
     t->scaled = g->shift >= 0;
     t->shift = t->scaled ? g->shift : 0;
+    t->sack = g->sack; /* our own SYN offers it */
 }
 
 /* -- opening */
@@ -216,32 +220,35 @@ static void receive(struct stack *s, struct flow *f, struct segment *g)
     if (!g->size && !(g->flags & FIN))
         return;
     tcp_due(s, f);
+    if (t->guest_fin)
+        return;
+    if (g->flags & FIN && g->seq + g->size - t->rcv <= tcp_offered(t)) {
+        t->fin = g->seq + g->size;
+        t->fin_known = true;
+    }
     if (seq_lt(t->rcv, g->seq)) { /* after a hole */
         s->counts.tcp_out_of_order++;
-        if (!(g->flags & SYN) && !t->guest_fin)
-            tcp_keep_early(s, f, g->seq, g->data, g->size);
+        tcp_keep_early(s, f, g->seq, g->data, g->size);
+        tcp_segment(s, f, ACK, t->nxt, 0, 0); /* at once, and for each (RFC 5681, 4.2); else it is due still */
         return;
     }
-    uint32_t old = t->rcv - g->seq; /* seen before */
-    if (g->flags & SYN)
+    const uint32_t old = t->rcv - g->seq; /* seen before */
+    if (old > g->size)
         return;
-    if (old > g->size || t->guest_fin)
-        return;
-    g->data += old;
-    g->size -= old;
-    uint32_t took = g->size ? tcp_to_host(s, f, g->data, g->size) : 0;
+    if (g->size > old)
+        t->rcv += tcp_to_host(s, f, g->data + old, g->size - old);
     if (f->dead)
         return;
-    t->rcv += took;
-    const uint32_t early = tcp_take_early(s, f);
+    tcp_take_early(s, f);
     if (f->dead)
         return;
-    t->rcv += early;
-    if (g->flags & FIN && took == g->size && !early) {
+    if (t->fin_known && t->rcv == t->fin) {
         t->rcv++;
         t->guest_fin = true;
+        t->early.count = 0; /* behind a FIN is nothing */
         tcp_host_done(s, f);
     }
+    t->fin_known = t->fin_known && seq_lt(t->rcv, t->fin);
 }
 
 void tcp_finished(struct stack *s, struct flow *f)
@@ -305,7 +312,7 @@ static void input_flow(struct stack *s, struct flow *f, struct segment *g, struc
         break;
     }
     /* 3.4: is any of it within the window? */
-    const uint32_t window = t->told - t->rcv;
+    const uint32_t window = tcp_offered(t);
     const uint32_t length = g->size + !!(g->flags & SYN) + !!(g->flags & FIN);
     const bool begins = seq_le(t->rcv, g->seq) && (window ? seq_lt(g->seq, t->rcv + window) : g->seq == t->rcv);
     const uint32_t last = g->seq + length - 1;

@@ -22,6 +22,11 @@ uint32_t tcp_window(const struct flow *f)
     return RING - f->tcp.in.used;
 }
 
+uint32_t tcp_offered(const struct tcp *t)
+{
+    return seq_lt(t->rcv, t->told) ? t->told - t->rcv : 0;
+}
+
 void tcp_due(struct stack *s, struct flow *f)
 {
     f->tcp.ack_due = true;
@@ -72,13 +77,44 @@ void tcp_flush(struct stack *s)
     }
 }
 
+/* Options of TCP behind the header; how long they are. */
+static size_t put_options(struct stack *s, const struct flow *f, uint8_t *at, bool syn, bool blocks)
+{
+    const struct tcp *t = &f->tcp;
+    const bool ours = t->state == T_SYN_SENT; /* the first SYN: it offers all */
+    size_t size = 0;
+    if (syn) {
+        put32(at, 2u << 24 | 4u << 16 | (s->config.mtu - (addr_is4(&f->guest.ip) ? 40 : 60)));
+        size = 4;
+        if (ours || t->scaled) {
+            put32(at + size, 1u << 24 | 3u << 16 | 3u << 8 | SCALE);
+            size += 4;
+        }
+        if (ours || t->sack) {
+            put32(at + size, 1u << 24 | 1u << 16 | 4u << 8 | 2);
+            size += 4;
+        }
+    } else if (blocks) { /* RFC 2018, 3 */
+        const int count = t->early.count < BLOCKS ? t->early.count : BLOCKS;
+        put32(at, 1u << 24 | 1u << 16 | 5u << 8 | (2 + 8 * count));
+        size = 4;
+        for (int i = 0; i < count; i++, size += 8) {
+            put32(at + size, t->early.of[i].at);
+            put32(at + size + 4, t->early.of[i].end);
+        }
+    }
+    return size;
+}
+
 /* One segment: `size` bytes of `out` from `offset`. False: the port takes nothing now. */
 bool tcp_segment(struct stack *s, struct flow *f, uint8_t flags, uint32_t seq, uint32_t offset, uint32_t size)
 {
     struct tcp *t = &f->tcp;
     const bool four = addr_is4(&f->guest.ip), syn = flags & SYN;
-    uint8_t head[VNET + ETHER + 40 + 28];
-    const size_t options = syn ? 4 + (t->state == T_SYN_SENT || t->scaled ? 4 : 0) : 0, length = 20 + options;
+    const bool holes = t->sack && t->early.count;
+    uint8_t head[VNET + ETHER + 40 + 60], options[40];
+    /* Data fill a segment: what is behind holes an acknowledgement of its own tells. */
+    const size_t length = 20 + put_options(s, f, options, syn, holes && !size && flags == ACK);
     size_t at = ip_header(s, head, f->mac, &f->far.ip, &f->guest.ip, IP_TCP, length + size);
     uint8_t *tcp = head + at;
     /* The right edge never moves back (RFC 9293, 3.8.6), and what does not fit 16 bits is rounded down. */
@@ -93,11 +129,7 @@ bool tcp_segment(struct stack *s, struct flow *f, uint8_t flags, uint32_t seq, u
     tcp[13] = flags;
     put16(tcp + 14, window);
     put32(tcp + 16, 0);
-    if (syn) {
-        put32(tcp + 20, 2u << 24 | 4u << 16 | (s->config.mtu - (four ? 40 : 60)));
-        if (options > 4)
-            put32(tcp + 24, 1u << 24 | 3u << 16 | 3u << 8 | SCALE);
-    }
+    memcpy(tcp + 20, options, length - 20);
     struct iovec iov[3] = {{head, at + length}};
     int count = 1 + (size ? ring_used_iov(&t->out, offset, size, iov + 1) : 0);
     uint64_t sum = ip_pseudo(&f->far.ip, &f->guest.ip, IP_TCP, length + size);
@@ -118,7 +150,7 @@ bool tcp_segment(struct stack *s, struct flow *f, uint8_t flags, uint32_t seq, u
     if (!stack_send(s, iov, count))
         return false;
     if (flags & ACK) {
-        t->ack_due = false;
+        t->ack_due = t->ack_due && holes && size;
         uint32_t edge = t->rcv + (window << scale);
         if (seq_lt(t->told, edge) || syn)
             t->told = edge;
