@@ -67,6 +67,10 @@ class Guest:
         tcp = struct.pack(">HHIIBBHHH", self.port, self.there, *numbers, size, flags, window, 0, 0)
         self.frame(0x800, head + tcp + options + data)
 
+    def sack(self, ack, *blocks, seq=0):
+        words = [(self.theirs + word) % (1 << 32) for block in blocks for word in block]
+        self.send(ACK, seq, ack, options=bytes([1, 1, 5, 2 + 4 * len(words)]) + struct.pack(f">{len(words)}I", *words))
+
     def arp(self):
         self.frame(0x806, b"\0\1\x08\0\6\4\0\1" + GUEST + ME + bytes(6) + HOST)
 
@@ -90,6 +94,22 @@ class Guest:
             numbers = (seq - self.theirs) % (1 << 32), (ack - self.mine) % (1 << 32)
             return Segment(*numbers, tcp[13], int.from_bytes(tcp[14:16], "big"), options, tcp[size:])
         return None
+
+    def data(self, count):
+        """So many segments with data: where they begin."""
+        found = []
+        while len(found) < count:
+            segment = self.receive()
+            assert segment, found
+            if segment.data:
+                found.append(segment.seq)
+        return found
+
+    def quiet(self):
+        """What was sent before has been answered."""
+        self.send(ACK, 1 << 20)  # beyond the window: it makes the network answer
+        while (segment := self.receive()) and segment.data:
+            yield segment.seq
 
     def hello(self, options=PERMITTED, wait=0.0):
         """The handshake; the options of the answer. A guest that takes its time is not suspected early of a loss."""
@@ -205,3 +225,78 @@ def test_what_is_kept_ends_with_the_window(guest, host):
         assert guest.receive().blocks == [(edge - 50, edge)]
         guest.send(ACK, edge - 200, 1, bytes(100))
         assert guest.receive().blocks == [(edge - 200, edge - 100), (edge - 50, edge)]
+
+
+@pytest.fixture
+def sent(guest, host):
+    """A connection on which twenty segments came from the host, and its socket there. Nothing is answered yet."""
+
+    def make(options):
+        guest.hello(options, wait=0.5)
+        sock = stack.enter_context(accepted(host))
+        sock.sendall(bytes(20 * MSS))
+        assert guest.data(20) == list(range(1, 20 * MSS, MSS))
+        return sock
+
+    with contextlib.ExitStack() as stack:
+        yield make
+
+
+def test_only_what_the_guest_lacks_is_sent_again(guest, sent, net):
+    sock = sent(PERMITTED)
+    one = [1 + MSS * number for number in range(22)]
+    guest.sack(one[2], (one[3], one[5]))  # much may be on its way still: the window is smaller now
+    assert guest.data(1) == [one[2]]
+    assert not list(guest.quiet())
+    guest.sack(one[2], (one[9], one[20]), (one[6], one[8]), (one[3], one[5]))
+    assert guest.data(2) == [one[5], one[8]]
+    assert not list(guest.quiet())
+    guest.sack(one[5], (one[6], one[8]), (one[9], one[20]))  # the first arrived, the others are on their way
+    assert not list(guest.quiet())
+    sock.sendall(bytes(2 * MSS))
+    assert guest.data(2) == one[20:]
+    guest.sack(one[5], (one[6], one[8]), (one[9], one[21]))  # what was sent later is there: they are lost once more
+    assert guest.data(2) == [one[5], one[8]]
+    guest.send(ACK, 1, one[21] + MSS)
+    assert not list(guest.quiet())
+    assert net.stats()["tcp_retransmitted"] == 5
+
+
+def test_a_guest_without_sack_gets_the_next_one_with_each_partial_answer(guest, sent, net):
+    sent(b"")
+    one = [1 + MSS * number for number in range(21)]
+    guest.send(ACK, 1, one[2])
+    for _ in range(2):
+        guest.send(ACK, 1, one[2])
+        assert not list(guest.quiet())
+    guest.send(ACK, 1, one[2])
+    assert guest.data(1) == [one[2]]
+    guest.send(ACK, 1, one[5])
+    assert guest.data(1) == [one[5]]
+    guest.send(ACK, 1, one[20])
+    assert not list(guest.quiet())
+    assert net.stats()["tcp_retransmitted"] == 2
+
+
+def test_lies_about_holes_do_nothing(guest, sent, net):
+    sent(PERMITTED)
+    one = [1 + MSS * number for number in range(22)]
+    guest.send(ACK, 1, one[10])
+    guest.sack(one[10], (one[2], one[3]))  # it has been acknowledged
+    guest.sack(one[10], (one[12], one[11]), (one[12], one[12]))
+    guest.sack(one[10], (one[12], one[20] + 1))  # it was never sent
+    guest.sack(one[10], (one[12] + (1 << 31), one[13] + (1 << 31)))
+    for options in (b"\1\1\5\x22" + bytes(8), b"\5\0", b"\5\2\1\1", b"\1\1\5\7" + bytes(8), b"\1\1\1\5"):
+        guest.send(ACK, 1, one[9], options=options + bytes(-len(options) % 4))
+    assert not list(guest.quiet())
+    assert net.stats()["tcp_retransmitted"] == 0
+    guest.send(ACK, 1, one[20])
+    assert not list(guest.quiet())
+
+
+def test_what_the_guest_threw_away_is_sent_again_by_the_timer(guest, sent):
+    sent(PERMITTED)
+    one = [1 + MSS * number for number in range(21)]
+    guest.sack(one[0], (one[1], one[20]))
+    assert guest.data(2) == [one[0], one[0]]  # at once, and when nothing more is heard ...
+    assert guest.data(4) == one[1:5]  # ... all that is not acknowledged

@@ -143,7 +143,12 @@ enum tcp_state {
 struct tcp {
     enum tcp_state state;
     /* to the guest (RFC 9293, SND.*) */
-    uint32_t una, nxt, max, wnd, wl1, wl2, cwnd, ssthresh, recover;
+    uint32_t una, nxt, wnd, wl1, wl2, cwnd, ssthresh;
+    uint32_t recover; /* after a loss: all that was on its way then ends here; else una */
+    uint32_t again, lost; /* from `again` to `lost` all but what the guest has is to be sent again; else una */
+    uint32_t resent; /* nxt, when something was sent again last */
+    struct ranges held; /* what the guest has behind holes */
+    bool fast;       /* the loss was seen without the timer */
     uint16_t mss;
     uint8_t shift;   /* the guest's window scale */
     bool scaled;
@@ -384,12 +389,19 @@ void tcp_connected(struct stack *, struct flow *);
 void tcp_finished(struct stack *, struct flow *); /* all four ends shut? */
 uint32_t tcp_window(const struct flow *);
 uint32_t tcp_offered(const struct tcp *); /* of it, what the guest knows */
+uint32_t tcp_largest(struct stack *, const struct flow *); /* how much may go in one segment */
 void tcp_due(struct stack *, struct flow *);
 void tcp_block(struct stack *, struct flow *);
 
 /* -- tcp_loss.c */
 bool ranges_add(struct ranges *, uint32_t at, uint32_t end); /* false: no room for one more */
 uint32_t ranges_reach(struct ranges *, uint32_t seq); /* forgets what begins up to there; how far that goes beyond */
+bool tcp_held(struct tcp *, const uint8_t *blocks, int count); /* the guest has these; is one of them new? */
+void tcp_advance(struct tcp *, uint32_t ack);
+void tcp_suspect(struct stack *, struct tcp *, uint32_t most); /* is something lost, by all that the guest has said? */
+void tcp_all_lost(struct tcp *); /* the timer's view */
+uint32_t tcp_flight(const struct tcp *); /* how much is on its way */
+uint32_t tcp_hole(struct tcp *); /* moves `again` to the next lost byte; how many are lost there */
 
 enum { FIN = 1, SYN = 2, RST = 4, PSH = 8, ACK = 16 };
 
