@@ -181,17 +181,24 @@ static void make(int listener)
         }
         static const uint8_t FLAGS[] = {SYN, ACK, ACK, ACK | PSH, ACK | FIN, RST, RST | ACK, SYN | ACK, 0, 63};
         uint8_t flags = FLAGS[rnd(10)];
-        n = 20 + (flags & SYN ? 8 : 0) + (rnd(2) ? 0 : rnd(rnd(4) ? 1400 : 60000));
+        int blocks = flags == ACK ? rnd(5) : 0, options = flags & SYN ? 12 : blocks ? 4 + 8 * blocks : 0;
+        n = 20 + options + (rnd(2) ? 0 : rnd(rnd(4) ? 1400 : 60000));
         p = ip4(IP_TCP, rnd(6) ? 0x0A000264 : to, n);
         put16(p, 3000 + k);
         put16(p + 2, rnd(6) ? 80 : rnd(65536));
         put32(p + 4, seq[k] + (rnd(5) ? 0 : rnd(100000)));
         put32(p + 8, ack[k] - (rnd(4) ? 0 : rnd(2000)));
-        p[12] = (flags & SYN ? 7 : 5) << 4;
+        p[12] = (20 + options) / 4 << 4;
         p[13] = flags;
         put16(p + 14, rnd(3) ? 65535 : rnd(2));
         if (flags & SYN)
-            memcpy(p + 20, (const uint8_t[]){2, 4, rnd(16), 0xB4, 1, 3, 3, rnd(20)}, 8);
+            memcpy(p + 20, (const uint8_t[]){2, 4, rnd(16), 0xB4, 1, 3, 3, rnd(20), 1, 1, rnd(9) ? 4 : 0, 2}, 12);
+        else if (blocks)
+            put32(p + 20, 0x01010502 + 8 * blocks);
+        for (int i = 0; i < blocks; i++) {
+            put32(p + 24 + 8 * i, ack[k] - rnd(20000));
+            put32(p + 28 + 8 * i, get32(p + 24 + 8 * i) + rnd(3000));
+        }
         head_sum();
         sum_of(34, 16, n, IP_TCP);
         break;

@@ -457,17 +457,27 @@ def test_wrong_arguments(options, text):
         UserNet(**options)
 
 
-class Lossy(threading.Thread):
-    """Carries frames between a guest's tap and a network, and loses some of them: always the same ones."""
+def fates(seed):
+    """Of each 25 frames one is lost: True."""
+    choice = random.Random(seed)
+    while True:
+        lost = choice.randrange(25)
+        yield from (number == lost for number in range(25))
 
-    def __init__(self, net, tap, percent, seed):
+
+class Lossy(threading.Thread):
+    """Carries frames between a guest's tap and a network, and loses some: of each way and size always the same ones."""
+
+    def __init__(self, net, tap, offloads, seed):
         super().__init__(daemon=True)
         self.ends = {net.fd: tap.fd, tap.fd: net.fd}
-        self.percent, self.choice = percent, random.Random(seed)
+        self.way = {net.fd: "to the guest", tap.fd: "from it"}
+        kinds = [(way, much) for way in self.way.values() for much in (False, True)]
+        self.fates = {kind: fates(f"{seed} {kind}") for kind in kinds}
+        self.lost = dict.fromkeys(kinds, 0)
         self.stopped = False
-        self.lost = 0
         for end in (net, tap):
-            end.set_offloads(15)
+            end.set_offloads(offloads)
         self.start()
 
     def run(self):
@@ -475,35 +485,48 @@ class Lossy(threading.Thread):
             for fd in select.select(list(self.ends), [], [], 0.05)[0]:
                 with contextlib.suppress(BlockingIOError):
                     frame = os.read(fd, 70000)
-                    if self.choice.random() * 100 < self.percent:
-                        self.lost += 1
+                    kind = self.way[fd], len(frame) > 1000
+                    if next(self.fates[kind]):
+                        self.lost[kind] += 1
                     else:
                         os.write(self.ends[fd], frame)  # with no room it is lost, too
 
 
-def test_lost_frames_are_sent_again(namespace, tmp_path):
-    data = os.urandom(1 << 20) * 4
+SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 21))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("way", "offloads", "sack", "megabytes"),  # enough for some dozens of frames of both kinds
+    [("receive", 0, 1, 1), ("receive", 15, 1, 2), ("receive", 0, 0, 1), ("send", 0, 1, 1), ("send", 15, 1, 4)],
+)
+def test_lost_frames_are_sent_again(namespace, tmp_path, way, offloads, sack, megabytes, seed):
+    data = os.urandom(1 << 20) * megabytes
     want = hashlib.md5(data).hexdigest()
     (tmp_path / "data").write_bytes(data)
+    namespace.run("sysctl", "-q", f"net.ipv4.tcp_sack={sack}")
     try:
         tap = Tap("eth0", namespace=namespace.name, addresses="10.0.2.15/24")
     except NetworkError as error:
         pytest.skip(str(error))
     with tap, UserNet(dns=[]) as net, Host(net) as host:
-        wire = Lossy(net, tap, 4, seed=7)
+        wire = Lossy(net, tap, offloads, seed)
         try:
-            guest = peer(namespace, "receive", "10.0.2.2", "7000")
+            guest = peer(namespace, way, "10.0.2.2", "7000", str(tmp_path / "data"))
             with host.accept() as sock:
-                sock.sendall(data)
-                sock.shutdown(socket.SHUT_WR)
-                assert sock.recv(100).decode() == want
-            finish(guest)
-            guest = peer(namespace, "send", "10.0.2.2", "7000", str(tmp_path / "data"))
-            with host.accept() as sock:
-                assert receive_all(sock) == want
-                sock.sendall(b"done")
-            assert finish(guest) == "done"
-            assert wire.lost > 5 and net.stats()["tcp_retransmitted"] > 0
+                if way == "receive":
+                    sock.sendall(data)
+                    sock.shutdown(socket.SHUT_WR)
+                    assert sock.recv(100).decode() == want
+                else:
+                    assert receive_all(sock) == want
+                    sock.sendall(b"done")
+            assert finish(guest) == ("done" if way == "send" else "")
+            counts = net.stats()
         finally:
             wire.stopped = True
             wire.join()
+    if way == "receive":
+        assert wire.lost["to the guest", True] > 0 and counts["tcp_retransmitted"] > 0
+    else:
+        assert wire.lost["from it", True] > 0 and counts["tcp_out_of_order"] > 0

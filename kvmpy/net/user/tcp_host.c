@@ -54,7 +54,7 @@ static void drain(struct stack *s, struct flow *f)
         ring_drop(&t->in, took);
     }
     if (!t->in.used && t->in.data) {
-        if (t->early == t->early_end)
+        if (!t->early.count)
             ring_put(s, &t->in);
         tcp_host_done(s, f);
     }
@@ -87,33 +87,26 @@ uint32_t tcp_to_host(struct stack *s, struct flow *f, const uint8_t *data, uint3
 void tcp_keep_early(struct stack *s, struct flow *f, uint32_t seq, const uint8_t *data, uint32_t size)
 {
     struct tcp *t = &f->tcp;
-    const uint32_t offset = seq - t->rcv, room = tcp_window(f);
+    const uint32_t offset = seq - t->rcv, offered = tcp_offered(t);
+    const uint32_t room = offered < tcp_window(f) ? offered : tcp_window(f);
     if (!size || offset >= room || !ring_get(s, &t->in))
         return;
     size = size < room - offset ? size : room - offset;
-    if (t->early == t->early_end) {
-        t->early = seq;
-        t->early_end = seq + size;
-    } else if (seq_le(t->early, seq) && seq_le(seq, t->early_end)) { /* it touches what is there */
-        if (seq_lt(t->early_end, seq + size))
-            t->early_end = seq + size;
-    } else {
-        return; /* a second hole: that comes again */
-    }
-    ring_put_at(&t->in, offset, data, size);
+    if (ranges_add(&t->early, seq, seq + size)) /* else one hole too many: that comes again */
+        ring_put_at(&t->in, offset, data, size);
 }
 
-uint32_t tcp_take_early(struct stack *s, struct flow *f)
+void tcp_take_early(struct stack *s, struct flow *f)
 {
     struct tcp *t = &f->tcp;
-    if (t->early == t->early_end || seq_lt(t->rcv, t->early))
-        return 0;
-    const uint32_t count = seq_lt(t->rcv, t->early_end) ? t->early_end - t->rcv : 0;
-    t->early = t->early_end = 0;
+    const uint8_t before = t->early.count;
+    const uint32_t count = ranges_reach(&t->early, t->rcv);
+    if (t->early.count == before)
+        return;
+    t->rcv += count;
     t->in.used += count;
     if (t->can_write)
         drain(s, f);
-    return count;
 }
 
 void tcp_host_done(struct stack *s, struct flow *f)

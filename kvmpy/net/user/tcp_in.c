@@ -21,6 +21,9 @@ struct segment {
     const uint8_t *data;
     uint16_t mss; /* 0: no such option */
     int shift;    /* -1: no such option */
+    bool sack;
+    const uint8_t *blocks; /* of SACK */
+    int block_count;
 };
 
 static bool parse(const struct packet *p, struct segment *g)
@@ -31,8 +34,6 @@ static bool parse(const struct packet *p, struct segment *g)
         return false;
     *g = (struct segment){.seq = get32(t + 4), .ack = get32(t + 8), .flags = t[13] & 0x1F, .wnd = get16(t + 14),
                           .data = t + head, .size = p->size - head, .shift = -1};
-    if (!(g->flags & SYN))
-        return true;
     for (uint32_t at = 20; at < head && t[at];) {
         if (t[at] == 1) {
             at++;
@@ -44,6 +45,12 @@ static bool parse(const struct packet *p, struct segment *g)
             g->mss = get16(t + at + 2);
         if (t[at] == 3 && t[at + 1] == 3)
             g->shift = t[at + 2] > MAX_SHIFT ? MAX_SHIFT : t[at + 2];
+        if (t[at] == 4 && t[at + 1] == 2)
+            g->sack = true;
+        if (t[at] == 5 && t[at + 1] % 8 == 2) {
+            g->blocks = t + at + 2;
+            g->block_count = t[at + 1] / 8;
+        }
         at += t[at + 1];
     }
     return true;
@@ -57,6 +64,29 @@ static void learn_options(struct stack *s, struct flow *f, const struct segment 
     t->mss = t->mss > most ? most : t->mss < SMALLEST_MSS ? SMALLEST_MSS : t->mss;
     t->scaled = g->shift >= 0;
     t->shift = t->scaled ? g->shift : 0;
+    t->sack = g->sack; /* our own SYN offers it */
+}
+
+/* -- time (RFC 6298) */
+
+static void sample(struct tcp *t, uint64_t now)
+{
+    const uint64_t r = now - t->timed_at + 1; /* srtt 0: there was no sample */
+    if (!t->srtt) {
+        t->srtt = r;
+        t->rttvar = r / 2;
+    } else {
+        uint64_t error = r > t->srtt ? r - t->srtt : t->srtt - r;
+        t->rttvar = (3 * t->rttvar + error) / 4;
+        t->srtt = (7 * t->srtt + r) / 8;
+    }
+    t->timed_at = 0;
+}
+
+static uint64_t timeout(const struct tcp *t)
+{
+    const uint64_t rto = t->srtt + 4 * t->rttvar;
+    return !t->srtt ? NS : rto < 250 * MS ? 250 * MS : rto > 10 * NS ? 10 * NS : rto;
 }
 
 /* -- opening */
@@ -107,6 +137,21 @@ static void open_flow(struct stack *s, struct packet *p, const struct segment *g
     tcp_arm(s, f, s->now + CONNECT_TIME);
 }
 
+static void opened(struct stack *s, struct flow *f, const struct segment *g, uint8_t shift)
+{
+    struct tcp *t = &f->tcp;
+    t->una = t->again = t->lost = t->recover = t->nxt;
+    t->wnd = g->wnd << shift;
+    t->wl1 = g->seq;
+    t->wl2 = g->ack;
+    t->state = T_OPEN;
+    t->cwnd = RING;
+    t->tries = 0;
+    if (t->timed_at)
+        sample(t, s->now);
+    t->rto = timeout(t);
+}
+
 /* Our SYN was answered. */
 static void input_syn_sent(struct stack *s, struct flow *f, const struct segment *g, struct packet *p)
 {
@@ -129,76 +174,53 @@ static void input_syn_sent(struct stack *s, struct flow *f, const struct segment
     learn_options(s, f, g);
     t->rcv = g->seq + 1;
     t->told = t->rcv + 65535; /* by our SYN */
-    t->una = t->nxt;
-    t->wnd = g->wnd;
-    t->wl1 = g->seq;
-    t->wl2 = g->ack;
-    t->state = T_OPEN;
-    t->cwnd = RING;
+    opened(s, f, g, 0);
     tcp_due(s, f);
     tcp_connected(s, f);
 }
 
 /* -- acknowledgements */
 
-static void sample(struct tcp *t, uint64_t now)
-{
-    uint64_t r = now - t->timed_at; /* RFC 6298 */
-    if (!t->srtt) {
-        t->srtt = r;
-        t->rttvar = r / 2;
-    } else {
-        uint64_t error = r > t->srtt ? r - t->srtt : t->srtt - r;
-        t->rttvar = (3 * t->rttvar + error) / 4;
-        t->srtt = (7 * t->srtt + r) / 8;
-    }
-    t->rto = t->srtt + 4 * t->rttvar;
-    t->rto = t->rto < 250 * MS ? 250 * MS : t->rto > 10 * NS ? 10 * NS : t->rto;
-    t->timed_at = 0;
-}
-
-static void lost(struct stack *s, struct flow *f)
+/* SND.UNA moves. */
+static void advance(struct stack *s, struct flow *f, uint32_t ack)
 {
     struct tcp *t = &f->tcp;
-    uint32_t flight = t->max - t->una;
-    t->ssthresh = flight / 2 > 2u * t->mss ? flight / 2 : 2u * t->mss;
-    t->cwnd = t->ssthresh;
-    t->recover = t->max;
-    t->nxt = t->una; /* go back: the guest may have kept what came later, then its answer jumps ahead */
-    t->timed_at = 0;
-    s->counts.tcp_retransmitted++;
+    const uint32_t count = ack - t->una, data = count < t->out.used ? count : t->out.used;
+    if (count > t->out.used)
+        t->fin_acked = true; /* nothing but our FIN is behind the data */
+    if (data)
+        ring_drop(&t->out, data);
+    tcp_advance(t, ack);
+    if (t->cwnd < RING && !t->fast)
+        t->cwnd += t->cwnd < t->ssthresh ? data : (uint64_t)t->mss * t->mss / t->cwnd + 1;
+    if (t->timed_at && seq_le(t->timed, ack))
+        sample(t, s->now);
+    /* The timer's doublings end here, not with the next sample as RFC 6298, 5 has it: they are to spare a network that
+     * the timer may have filled, but this wire is memory, and now the guest is known to take data. */
+    t->rto = timeout(t);
+    t->deadline = s->now + t->rto;
 }
 
 /* False: the segment is to be dropped. */
 static bool acknowledge(struct stack *s, struct flow *f, const struct segment *g)
 {
     struct tcp *t = &f->tcp;
-    if (seq_lt(t->max, g->ack)) { /* of what was never sent */
+    if (seq_lt(t->nxt, g->ack)) { /* of what was never sent */
         tcp_due(s, f);
         return false;
     }
     const uint32_t wnd = g->wnd << t->shift;
-    if (seq_lt(t->una, g->ack)) {
-        uint32_t count = g->ack - t->una, data = count < t->out.used ? count : t->out.used;
-        if (count > t->out.used)
-            t->fin_acked = true; /* nothing but our FIN is behind the data */
-        if (data)
-            ring_drop(&t->out, data);
-        t->una = g->ack;
-        if (seq_lt(t->nxt, t->una))
-            t->nxt = t->una;
-        if (t->timed_at && seq_le(t->timed, g->ack))
-            sample(t, s->now);
-        t->dup = 0;
-        if (t->cwnd < RING)
-            t->cwnd += t->cwnd < t->ssthresh ? data : (uint64_t)t->mss * t->mss / t->cwnd + 1;
-        t->deadline = s->now + t->rto;
-    } else if (g->ack == t->una && !g->size && wnd == t->wnd && t->max != t->una && !(g->flags & FIN)) {
-        if (++t->dup == 3 && seq_le(t->recover, t->una)) {
-            lost(s, f);
-            t->deadline = s->now + t->rto;
-        }
+    const bool advances = seq_lt(t->una, g->ack);
+    if (advances)
+        advance(s, f, g->ack);
+    const bool news = t->sack && g->block_count && tcp_held(t, g->blocks, g->block_count);
+    const bool plain = !t->sack && !g->size && wnd && wnd == t->wnd && !(g->flags & FIN); /* RFC 5681, 2 */
+    if (!advances && g->ack == t->una && t->nxt != t->una && (news || plain) && t->dup < 255) {
+        t->dup++;
+        if (t->fast && !t->held.count && t->cwnd < RING)
+            t->cwnd += t->mss; /* something has left the wire (RFC 5681, 3.2) */
     }
+    tcp_suspect(s, t, tcp_largest(s, f));
     if (seq_lt(t->wl1, g->seq) || (t->wl1 == g->seq && seq_le(t->wl2, g->ack))) {
         t->wnd = wnd;
         t->wl1 = g->seq;
@@ -216,32 +238,35 @@ static void receive(struct stack *s, struct flow *f, struct segment *g)
     if (!g->size && !(g->flags & FIN))
         return;
     tcp_due(s, f);
+    if (t->guest_fin)
+        return;
+    if (g->flags & FIN && g->seq + g->size - t->rcv <= tcp_offered(t)) {
+        t->fin = g->seq + g->size;
+        t->fin_known = true;
+    }
     if (seq_lt(t->rcv, g->seq)) { /* after a hole */
         s->counts.tcp_out_of_order++;
-        if (!(g->flags & SYN) && !t->guest_fin)
-            tcp_keep_early(s, f, g->seq, g->data, g->size);
+        tcp_keep_early(s, f, g->seq, g->data, g->size);
+        tcp_segment(s, f, ACK, t->nxt, 0, 0); /* at once, and for each (RFC 5681, 4.2); else it is due still */
         return;
     }
-    uint32_t old = t->rcv - g->seq; /* seen before */
-    if (g->flags & SYN)
+    const uint32_t old = t->rcv - g->seq; /* seen before */
+    if (old > g->size)
         return;
-    if (old > g->size || t->guest_fin)
-        return;
-    g->data += old;
-    g->size -= old;
-    uint32_t took = g->size ? tcp_to_host(s, f, g->data, g->size) : 0;
+    if (g->size > old)
+        t->rcv += tcp_to_host(s, f, g->data + old, g->size - old);
     if (f->dead)
         return;
-    t->rcv += took;
-    const uint32_t early = tcp_take_early(s, f);
+    tcp_take_early(s, f);
     if (f->dead)
         return;
-    t->rcv += early;
-    if (g->flags & FIN && took == g->size && !early) {
+    if (t->fin_known && t->rcv == t->fin) {
         t->rcv++;
         t->guest_fin = true;
+        t->early.count = 0; /* behind a FIN is nothing */
         tcp_host_done(s, f);
     }
+    t->fin_known = t->fin_known && seq_lt(t->rcv, t->fin);
 }
 
 void tcp_finished(struct stack *s, struct flow *f)
@@ -305,7 +330,7 @@ static void input_flow(struct stack *s, struct flow *f, struct segment *g, struc
         break;
     }
     /* 3.4: is any of it within the window? */
-    const uint32_t window = t->told - t->rcv;
+    const uint32_t window = tcp_offered(t);
     const uint32_t length = g->size + !!(g->flags & SYN) + !!(g->flags & FIN);
     const bool begins = seq_le(t->rcv, g->seq) && (window ? seq_lt(g->seq, t->rcv + window) : g->seq == t->rcv);
     const uint32_t last = g->seq + length - 1;
@@ -335,13 +360,7 @@ static void input_flow(struct stack *s, struct flow *f, struct segment *g, struc
                 tcp_reset(s, p, &f->guest, &f->far);
                 return;
             }
-            t->una = g->ack;
-            t->wnd = g->wnd << t->shift;
-            t->wl1 = g->seq;
-            t->wl2 = g->ack;
-            t->state = T_OPEN;
-            t->cwnd = RING;
-            t->tries = 0;
+            opened(s, f, g, t->shift);
             tcp_from_host(s, f);
             if (f->dead)
                 return;

@@ -2,8 +2,7 @@
  *
  * TCP to the guest (RFC 9293, 3.8): segments of what waits in `out`, acknowledgements after a batch, and the timer.
  *
- * The wire is memory and loses only what a switch has no room for, so loss is handled simply: back to the first byte
- * that was not acknowledged, with a smaller window (RFC 5681).
+ * The wire is memory and loses only what a switch has no room for. What is lost, tcp_loss.c knows.
  */
 #include "user.h"
 
@@ -20,6 +19,11 @@
 uint32_t tcp_window(const struct flow *f)
 {
     return RING - f->tcp.in.used;
+}
+
+uint32_t tcp_offered(const struct tcp *t)
+{
+    return seq_lt(t->rcv, t->told) ? t->told - t->rcv : 0;
 }
 
 void tcp_due(struct stack *s, struct flow *f)
@@ -72,13 +76,44 @@ void tcp_flush(struct stack *s)
     }
 }
 
+/* Options of TCP behind the header; how long they are. */
+static size_t put_options(struct stack *s, const struct flow *f, uint8_t *at, bool syn, bool blocks)
+{
+    const struct tcp *t = &f->tcp;
+    const bool ours = t->state == T_SYN_SENT; /* the first SYN: it offers all */
+    size_t size = 0;
+    if (syn) {
+        put32(at, 2u << 24 | 4u << 16 | (s->config.mtu - (addr_is4(&f->guest.ip) ? 40 : 60)));
+        size = 4;
+        if (ours || t->scaled) {
+            put32(at + size, 1u << 24 | 3u << 16 | 3u << 8 | SCALE);
+            size += 4;
+        }
+        if (ours || t->sack) {
+            put32(at + size, 1u << 24 | 1u << 16 | 4u << 8 | 2);
+            size += 4;
+        }
+    } else if (blocks) { /* RFC 2018, 3 */
+        const int count = t->early.count < BLOCKS ? t->early.count : BLOCKS;
+        put32(at, 1u << 24 | 1u << 16 | 5u << 8 | (2 + 8 * count));
+        size = 4;
+        for (int i = 0; i < count; i++, size += 8) {
+            put32(at + size, t->early.of[i].at);
+            put32(at + size + 4, t->early.of[i].end);
+        }
+    }
+    return size;
+}
+
 /* One segment: `size` bytes of `out` from `offset`. False: the port takes nothing now. */
 bool tcp_segment(struct stack *s, struct flow *f, uint8_t flags, uint32_t seq, uint32_t offset, uint32_t size)
 {
     struct tcp *t = &f->tcp;
     const bool four = addr_is4(&f->guest.ip), syn = flags & SYN;
-    uint8_t head[VNET + ETHER + 40 + 28];
-    const size_t options = syn ? 4 + (t->state == T_SYN_SENT || t->scaled ? 4 : 0) : 0, length = 20 + options;
+    const bool holes = t->sack && t->early.count;
+    uint8_t head[VNET + ETHER + 40 + 60], options[40];
+    /* Data fill a segment: what is behind holes an acknowledgement of its own tells. */
+    const size_t length = 20 + put_options(s, f, options, syn, holes && !size && flags == ACK);
     size_t at = ip_header(s, head, f->mac, &f->far.ip, &f->guest.ip, IP_TCP, length + size);
     uint8_t *tcp = head + at;
     /* The right edge never moves back (RFC 9293, 3.8.6), and what does not fit 16 bits is rounded down. */
@@ -93,11 +128,7 @@ bool tcp_segment(struct stack *s, struct flow *f, uint8_t flags, uint32_t seq, u
     tcp[13] = flags;
     put16(tcp + 14, window);
     put32(tcp + 16, 0);
-    if (syn) {
-        put32(tcp + 20, 2u << 24 | 4u << 16 | (s->config.mtu - (four ? 40 : 60)));
-        if (options > 4)
-            put32(tcp + 24, 1u << 24 | 3u << 16 | 3u << 8 | SCALE);
-    }
+    memcpy(tcp + 20, options, length - 20);
     struct iovec iov[3] = {{head, at + length}};
     int count = 1 + (size ? ring_used_iov(&t->out, offset, size, iov + 1) : 0);
     uint64_t sum = ip_pseudo(&f->far.ip, &f->guest.ip, IP_TCP, length + size);
@@ -118,7 +149,7 @@ bool tcp_segment(struct stack *s, struct flow *f, uint8_t flags, uint32_t seq, u
     if (!stack_send(s, iov, count))
         return false;
     if (flags & ACK) {
-        t->ack_due = false;
+        t->ack_due = t->ack_due && holes && size;
         uint32_t edge = t->rcv + (window << scale);
         if (seq_lt(t->told, edge) || syn)
             t->told = edge;
@@ -126,25 +157,63 @@ bool tcp_segment(struct stack *s, struct flow *f, uint8_t flags, uint32_t seq, u
     return true;
 }
 
-/* How much may go in one segment: many MSS when the guest takes such. */
-static uint32_t largest(struct stack *s, struct flow *f)
+uint32_t tcp_largest(struct stack *s, const struct flow *f)
 {
+    const struct tcp *t = &f->tcp;
     const bool four = addr_is4(&f->guest.ip);
     const unsigned takes = __atomic_load_n(&s->takes, __ATOMIC_RELAXED), tso = four ? TAKES_TSO4 : TAKES_TSO6;
     if ((takes & (TAKES_CSUM | tso)) != (TAKES_CSUM | tso))
-        return f->tcp.mss;
-    return (65535 - 60) / f->tcp.mss * f->tcp.mss;
+        return t->mss;
+    /* Many MSS when the guest takes such, but not all that may be on its way: a frame that is alone there and gets lost
+     * leaves nobody to tell, only the timer. */
+    uint32_t part = (t->wnd < t->cwnd ? t->wnd : t->cwnd) / 4;
+    part = part < 65535 - 60 ? part : 65535 - 60;
+    return part < t->mss ? t->mss : part / t->mss * t->mss;
+}
+
+/* Sends the next of what is lost, `hole` bytes at `again`, with our FIN if that is part of them. False: not now. */
+static bool resend(struct stack *s, struct flow *f, uint32_t hole, uint32_t room, uint32_t most)
+{
+    struct tcp *t = &f->tcp;
+    const uint32_t offset = t->again - t->una, left = offset < t->out.used ? t->out.used - offset : 0;
+    const uint32_t first = offset ? 0 : t->fast ? most : t->mss; /* that one always (RFC 6675, 5: 4.3) */
+    room = room < first ? first : room;
+    uint32_t size = t->wnd > offset ? t->wnd - offset : 0;
+    size = size < room ? size : room;
+    size = size < most ? size : most;
+    size = size < left ? size : left;
+    size = size < hole ? size : hole;
+    const bool last = size == left && t->nxt - t->una > t->out.used;
+    if ((!size && !last) || (size < hole && size < left && size < t->mss && offset))
+        return false;
+    if (!tcp_segment(s, f, ACK | (size == left ? PSH : 0) | (last ? FIN : 0), t->again, offset, size)) {
+        tcp_block(s, f);
+        return false;
+    }
+    s->counts.tcp_retransmitted++;
+    t->resent = t->nxt;
+    t->again += size + last;
+    if (seq_lt(t->lost, t->again))
+        t->lost = t->again;
+    return true;
 }
 
 void tcp_output(struct stack *s, struct flow *f)
 {
     struct tcp *t = &f->tcp;
-    const uint32_t most = largest(s, f);
+    const uint32_t most = tcp_largest(s, f);
     while (t->state == T_OPEN) {
-        const uint32_t flight = t->nxt - t->una, window = t->wnd < t->cwnd ? t->wnd : t->cwnd;
+        const uint32_t flight = t->nxt - t->una, hole = tcp_hole(t), busy = tcp_flight(t);
         const uint32_t unsent = flight < t->out.used ? t->out.used - flight : 0;
         const bool fin = t->eof && flight <= t->out.used && !t->fin_acked;
-        uint32_t size = window > flight ? window - flight : 0;
+        const uint32_t room = t->cwnd > busy ? t->cwnd - busy : 0;
+        if (hole) {
+            if (!resend(s, f, hole, room, most))
+                break;
+            continue;
+        }
+        uint32_t size = t->wnd > flight ? t->wnd - flight : 0;
+        size = size < room ? size : room;
         size = size < unsent ? size : unsent;
         size = size < most ? size : most;
         const bool last = fin && size == unsent;
@@ -160,12 +229,9 @@ void tcp_output(struct stack *s, struct flow *f)
         t->nxt += size + last;
         if (last)
             t->last_ack = t->guest_fin;
-        if (seq_lt(t->max, t->nxt)) {
-            t->max = t->nxt;
-            if (!t->timed_at) {
-                t->timed = t->nxt;
-                t->timed_at = s->now;
-            }
+        if (!t->timed_at) {
+            t->timed = t->nxt;
+            t->timed_at = s->now;
         }
         if (!flight)
             t->deadline = s->now + t->rto;
@@ -237,10 +303,11 @@ static void syn_timer(struct stack *s, struct flow *f)
         if ((known = mac))
             memcpy(f->mac, mac, 6);
     }
-    if (known)
+    if (known) {
         tcp_segment(s, f, t->state == T_SYN_RCVD ? SYN | ACK : SYN, t->una, 0, 0);
-    if (known)
+        t->timed_at = t->tries++ ? 0 : s->now; /* Karn: an answer would not say to which */
         t->rto = t->rto * 2 > 2 * NS ? 2 * NS : t->rto * 2;
+    }
     tcp_arm(s, f, s->now + (known ? t->rto : ASK));
 }
 
@@ -267,7 +334,7 @@ void tcp_timer(struct stack *s, struct timer *timer)
         tcp_from_host(s, f); /* there was no buffer */
     if (f->dead)
         return;
-    const bool flight = t->max != t->una;
+    const bool flight = t->nxt != t->una;
     if ((flight || t->out.used) && t->deadline > s->now) {
         timer_set(s, timer, t->deadline); /* it was put off by an acknowledgement meanwhile */
         return;
@@ -277,24 +344,17 @@ void tcp_timer(struct stack *s, struct timer *timer)
             tcp_abort(s, f, true, true);
             return;
         }
-        const bool probe = !t->wnd;
         t->rto = t->rto * 2 > LONGEST ? LONGEST : t->rto * 2;
         t->deadline = s->now + t->rto;
-        if (probe) { /* one byte beyond the window, or the FIN: the answer tells the window (RFC 9293, 3.8.6.1) */
-            t->nxt = t->una;
-            if (t->out.used) {
-                tcp_segment(s, f, ACK, t->una, 0, 1);
-                if (t->max == t->una)
-                    t->max++;
-            }
-        } else if (flight) {
-            uint32_t half = (t->max - t->una) / 2;
-            t->ssthresh = half > 2u * t->mss ? half : 2u * t->mss;
-            t->cwnd = 2u * t->mss;
-            t->recover = t->max;
-            t->nxt = t->una;
+        if (!t->wnd && t->out.used) { /* one byte beyond the window: the answer tells it (RFC 9293, 3.8.6.1) */
+            tcp_segment(s, f, ACK, t->una, 0, 1);
+            if (!flight)
+                t->nxt++;
+            t->again = t->una; /* with a window of 0 nobody keeps what was sent */
+            t->lost = t->nxt;
             t->timed_at = 0;
-            s->counts.tcp_retransmitted++;
+        } else if (flight) {
+            tcp_all_lost(t);
         }
         tcp_output(s, f);
         timer_set(s, timer, t->deadline);
@@ -319,8 +379,8 @@ void tcp_begin(struct stack *s, struct flow *f)
     uint32_t first;
     if (getrandom(&first, sizeof(first), GRND_NONBLOCK) != sizeof(first))
         first = s->now / 4000; /* the clock of RFC 9293, 3.4.1, while the host has no entropy yet */
-    t->una = t->recover = first;
-    t->nxt = t->max = first + 1; /* behind our SYN */
+    t->una = first;
+    t->nxt = t->timed = first + 1; /* behind our SYN */
 }
 
 void tcp_connected(struct stack *s, struct flow *f)
@@ -334,7 +394,11 @@ void tcp_connected(struct stack *s, struct flow *f)
     t->state = T_SYN_RCVD;
     tcp_begin(s, f);
     t->rto = NS;
-    if (!tcp_segment(s, f, SYN | ACK, t->una, 0, 0))
+    if (tcp_segment(s, f, SYN | ACK, t->una, 0, 0)) {
+        t->timed_at = s->now;
+        t->tries = 1;
+    } else {
         t->rto = 50 * MS;
+    }
     tcp_arm(s, f, s->now + t->rto);
 }

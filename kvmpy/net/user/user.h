@@ -29,6 +29,8 @@
 #define REASSEMBLIES 8     /* datagrams whose fragments are being collected */
 #define RING (1u << 19)    /* bytes of a TCP buffer, a power of two */
 #define SCALE 4            /* our TCP window scale: 64 KiB << 4 covers RING */
+#define RANGES 16          /* pieces of a TCP stream behind holes */
+#define BLOCKS 4           /* of them in one segment */
 #define DECISIONS 1024     /* log entries that wait to be read */
 #define NAME 256           /* of a host, with its end */
 #define BATCH 64           /* frames, before others get their turn */
@@ -121,6 +123,15 @@ struct ring {
     uint32_t head, used;
 };
 
+struct range { /* of sequence numbers; never empty */
+    uint32_t at, end;
+};
+
+struct ranges { /* which neither overlap nor touch */
+    uint8_t count;
+    struct range of[RANGES];
+};
+
 enum tcp_state {
     T_CONNECT,  /* the guest's SYN is here, the host's socket connects */
     T_SYN_RCVD, /* ... has connected, our SYN-ACK is on its way */
@@ -132,21 +143,28 @@ enum tcp_state {
 struct tcp {
     enum tcp_state state;
     /* to the guest (RFC 9293, SND.*) */
-    uint32_t una, nxt, max, wnd, wl1, wl2, cwnd, ssthresh, recover;
+    uint32_t una, nxt, wnd, wl1, wl2, cwnd, ssthresh;
+    uint32_t recover; /* after a loss: all that was on its way then ends here; else una */
+    uint32_t again, lost; /* from `again` to `lost` all but what the guest has is to be sent again; else una */
+    uint32_t resent; /* nxt, when something was sent again last */
+    struct ranges held; /* what the guest has behind holes */
+    bool fast;       /* the loss was seen without the timer */
     uint16_t mss;
     uint8_t shift;   /* the guest's window scale */
     bool scaled;
+    bool sack;       /* both say what they have behind holes */
     uint8_t dup, tries;
     uint64_t rto, srtt, rttvar, deadline, timed_at;
     uint32_t timed;  /* the segment whose time is taken ends here; if timed_at */
     /* from the guest (RCV.*) */
     uint32_t rcv, told; /* told: the right edge of the window that the guest knows */
     struct ring out, in;
-    uint32_t early, early_end; /* data behind a hole, in `in` at its place already; empty when equal */
+    struct ranges early; /* data behind holes, in `in` at their place already */
+    uint32_t fin;    /* if fin_known: the number of a FIN that came, perhaps behind a hole */
     bool can_read, can_write, hangup;
     bool eof;        /* the host's side ended: after `out` comes our FIN */
     bool last_ack;   /* the guest closed first: our FIN is the last word */
-    bool fin_acked, guest_fin, shut, ack_due, listed, blocked;
+    bool fin_acked, fin_known, guest_fin, shut, ack_due, listed, blocked;
     uint64_t heard;  /* of the guest */
 };
 
@@ -358,7 +376,7 @@ void tcp_host_ready(struct stack *, struct source *, uint32_t events);
 uint32_t tcp_to_host(struct stack *, struct flow *, const uint8_t *data, uint32_t size);
 void tcp_from_host(struct stack *, struct flow *);
 void tcp_keep_early(struct stack *, struct flow *, uint32_t seq, const uint8_t *data, uint32_t size);
-uint32_t tcp_take_early(struct stack *, struct flow *); /* a hole was filled: how much is in order now */
+void tcp_take_early(struct stack *, struct flow *); /* a hole may be filled */
 void tcp_host_done(struct stack *, struct flow *); /* the guest's FIN: pass it on when the buffer is empty */
 void tcp_output(struct stack *, struct flow *);
 void tcp_begin(struct stack *, struct flow *); /* chooses our first sequence number */
@@ -370,8 +388,20 @@ void tcp_arm(struct stack *, struct flow *, uint64_t due);
 void tcp_connected(struct stack *, struct flow *);
 void tcp_finished(struct stack *, struct flow *); /* all four ends shut? */
 uint32_t tcp_window(const struct flow *);
+uint32_t tcp_offered(const struct tcp *); /* of it, what the guest knows */
+uint32_t tcp_largest(struct stack *, const struct flow *); /* how much may go in one segment */
 void tcp_due(struct stack *, struct flow *);
 void tcp_block(struct stack *, struct flow *);
+
+/* -- tcp_loss.c */
+bool ranges_add(struct ranges *, uint32_t at, uint32_t end); /* false: no room for one more */
+uint32_t ranges_reach(struct ranges *, uint32_t seq); /* forgets what begins up to there; how far that goes beyond */
+bool tcp_held(struct tcp *, const uint8_t *blocks, int count); /* the guest has these; is one of them new? */
+void tcp_advance(struct tcp *, uint32_t ack);
+void tcp_suspect(struct stack *, struct tcp *, uint32_t most); /* is something lost, by all that the guest has said? */
+void tcp_all_lost(struct tcp *); /* the timer's view */
+uint32_t tcp_flight(const struct tcp *); /* how much is on its way */
+uint32_t tcp_hole(struct tcp *); /* moves `again` to the next lost byte; how many are lost there */
 
 enum { FIN = 1, SYN = 2, RST = 4, PSH = 8, ACK = 16 };
 

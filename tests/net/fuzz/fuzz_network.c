@@ -20,7 +20,7 @@
 #define MUST(what) do { if (!(what)) { fprintf(stderr, "broken: %s\n", #what); abort(); } } while (0)
 
 enum { FRAME, WAIT, HOST_SENDS, HOST_CLOSES, HOST_ANSWERS, TAKES, HOST_CONNECTS, SWITCH, WHAT };
-enum { FIX_IP = 1, FIX_TCP = 2, FIX_GAP = 4, FIX_OLD = 8 };
+enum { FIX_IP = 1, FIX_TCP = 2, FIX_GAP = 4, FIX_OLD = 8, FIX_FAR = 16, FIX_SACK = 32 };
 enum { PEERS = 4 };
 
 /* The network's clock: what was built with -Dclock_gettime=fuzz_clock. Its seconds pass as fast as wanted. */
@@ -118,13 +118,45 @@ static void look(void)
 }
 
 /* The guest goes on with the connection of the last segment that it was sent; or after a gap, or as if it had lost this. */
-static void connection(uint8_t *tcp, unsigned how)
+static void connection(uint8_t *tcp, size_t room, unsigned how)
 {
     const uint8_t *last = tcp_answer + VNET + ETHER + 20;
     memcpy(tcp, last + 2, 2);
     memcpy(tcp + 2, last, 2);
-    put32(tcp + 4, get32(last + 8) + (how & FIX_GAP ? 100 : 0));
-    put32(tcp + 8, get32(last + 4) + (how & FIX_OLD ? 0 : tcp_data + (last[13] & (SYN | FIN) ? 1 : 0)));
+    const uint32_t acked = get32(last + 4) + (how & FIX_OLD ? 0 : tcp_data + (last[13] & (SYN | FIN) ? 1 : 0));
+    put32(tcp + 4, get32(last + 8) + (how & FIX_GAP ? 100 : 0) + (how & FIX_FAR ? 400 : 0));
+    /* Less than all that it was sent, and blocks of the rest, in numbers that count from its end. */
+    put32(tcp + 8, acked + (how & FIX_SACK ? (int16_t)get32(tcp + 8) : 0));
+    for (uint8_t *at = tcp + 24; how & FIX_SACK && at + 8 <= tcp + 20 + room && at < tcp + 56; at += 4)
+        put32(at, acked + (int16_t)get32(at));
+}
+
+/* What a connection knows of itself is sound. */
+static void sound_ranges(const struct ranges *r, uint32_t base, uint32_t last)
+{
+    MUST(r->count <= RANGES);
+    for (int i = 0; i < r->count; i++) {
+        const struct range a = r->of[i];
+        MUST(seq_lt(base, a.at) && seq_lt(a.at, a.end) && seq_le(a.end, last));
+        for (int k = 0; k < i; k++)
+            MUST(seq_lt(a.end, r->of[k].at) || seq_lt(r->of[k].end, a.at));
+    }
+}
+
+static void sound(const struct stack *s)
+{
+    for (int i = 0; i < HASH; i++)
+        for (const struct flow *f = s->table[i]; f; f = f->chain) {
+            const struct tcp *t = &f->tcp;
+            if (f->protocol != IP_TCP || t->state != T_OPEN)
+                continue;
+            MUST(t->out.used <= RING && t->in.used <= RING && t->nxt - t->una <= t->out.used + 1);
+            MUST(seq_le(t->una, t->again) && seq_le(t->again, t->lost) && seq_le(t->lost, t->nxt));
+            MUST(seq_le(t->una, t->recover) && seq_le(t->recover, t->nxt) && tcp_flight(t) <= t->nxt - t->una);
+            sound_ranges(&t->held, t->una, t->nxt);
+            sound_ranges(&t->early, t->rcv, t->told);
+            MUST(!t->early.count || (t->in.data && tcp_offered(t) <= tcp_window(f)));
+        }
 }
 
 static void frame(struct stack *s, unsigned how, const uint8_t *data, size_t size)
@@ -137,7 +169,7 @@ static void frame(struct stack *s, unsigned how, const uint8_t *data, size_t siz
     size_t left = size < VNET + ETHER + 20 ? 0 : size - VNET - ETHER;
     if (left && get16(ip - 2) == ETHER_IP4) {
         if (how & FIX_TCP && ip[9] == IP_TCP && left >= 40)
-            connection(ip + 20, how);
+            connection(ip + 20, left - 40, how);
         if (how & FIX_IP) {
             put16(ip + 10, 0);
             put_sum(ip + 10, sum_end(sum_bytes(ip, 20, 0)));
@@ -285,6 +317,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             drain();
         MUST(s->tcps <= s->config.max_tcp && s->udps <= s->config.max_udp && s->icmps <= s->config.max_icmp);
         MUST(s->rings <= s->config.max_rings);
+        sound(s);
         while (stack_decisions(s, decisions, 16) == 16)
             ;
         data += length;

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FRAME, WAIT, HOST_SENDS, HOST_CLOSES, HOST_ANSWERS, TAKES, HOST_CONNECTS, SWITCH = range(8)
-FIX_IP, FIX_TCP, FIX_GAP, FIX_OLD = 1, 2, 4, 8
+FIX_IP, FIX_TCP, FIX_GAP, FIX_OLD, FIX_FAR, FIX_SACK = 1, 2, 4, 8, 16, 32
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 PLAIN, UNSUMMED = bytes(12), b"\x02" + bytes(11)  # VIRTIO_NET_HDR_F_DATA_VALID: the sums count as right
 GUEST, GATEWAY = bytes.fromhex("525400000001"), bytes.fromhex("52550a000202")
@@ -37,8 +37,16 @@ def ip6(protocol, to, data, source=LINK):
     return step(FRAME, 0, ether(0x86DD, head + source + to + data))
 
 
-def tcp(flags, data=b"", options=b"", port=3000):
-    return struct.pack(">HHIIBBHHH", port, 80, 1, 0, (5 + len(options) // 4) << 4, flags, 65535, 0, 0) + options + data
+def tcp(flags, data=b"", options=b"", port=3000, ack=0):
+    size = (5 + len(options) // 4) << 4
+    return struct.pack(">HHIIBBHHH", port, 80, 1, ack % (1 << 32), size, flags, 65535, 0, 0) + options + data
+
+
+def sack(ack, *blocks):
+    """All numbers count from the end of what the guest was sent."""
+    words = [word % (1 << 32) for block in blocks for word in block]
+    options = bytes([1, 1, 5, 2 + 4 * len(words)]) + struct.pack(f">{len(words)}I", *words)
+    return ip4(6, SERVER, tcp(ACK, options=options, ack=ack), FIX_TCP | FIX_SACK)
 
 
 def datagram(source, to, data):
@@ -55,7 +63,7 @@ def dhcp(kind):
     return first4(17, b"\xff" * 4, datagram(68, 67, body), bytes(4))
 
 
-OPTIONS = bytes([2, 4, 5, 180, 1, 3, 3, 7])
+OPTIONS = bytes([2, 4, 5, 180, 1, 3, 3, 7, 1, 1, 4, 2])
 OPEN = first4(6, SERVER, tcp(SYN, options=OPTIONS)) + ip4(6, SERVER, tcp(ACK)) + step(HOST_SENDS)
 ARP = step(FRAME, 0, ether(0x806, b"\0\1\x08\0\6\4\0\1" + GUEST + ME + bytes(6) + bytes([10, 0, 2, 2])))
 GOOD = question(b"www.good.test")
@@ -81,6 +89,11 @@ INPUTS = {
     + ip4(6, SERVER, tcp(ACK)) * 4 + step(HOST_CLOSES, 64),
     "tcp-gap": OPEN + ip4(6, SERVER, tcp(ACK, bytes(200)), FIX_TCP | FIX_GAP) + ip4(6, SERVER, tcp(ACK, bytes(100)))
     + step(HOST_SENDS, 124) + ip4(6, SERVER, tcp(ACK), FIX_TCP | FIX_OLD) * 5 + ip4(6, SERVER, tcp(ACK)),
+    "tcp-holes": OPEN + ip4(6, SERVER, tcp(ACK, bytes(100)), FIX_TCP | FIX_FAR)
+    + ip4(6, SERVER, tcp(ACK | FIN, bytes(100)), FIX_TCP | FIX_FAR | FIX_GAP)
+    + ip4(6, SERVER, tcp(ACK, bytes(100)), FIX_TCP | FIX_GAP) + ip4(6, SERVER, tcp(ACK, bytes(400))) * 2,
+    "tcp-sack": OPEN + step(HOST_SENDS, 124) + sack(-20000, (-9000, -6000), (-3000, -1500)) + step(HOST_SENDS, 124)
+    + sack(-20000, (-1460, 0), (-9000, -8000)) + step(WAIT, 3) + sack(-9000, (9, 4), (1, 2)) + ip4(6, SERVER, tcp(ACK)),
     "tcp-full": OPEN + step(TAKES, 16) + step(HOST_SENDS, 124) * 9 + step(TAKES) + ip4(6, SERVER, tcp(ACK)) * 3,
     "tcp-refused": first4(6, SERVER, struct.pack(">HH", 3000, 81) + tcp(SYN, options=OPTIONS)[4:]),
     "udp-refused": first4(17, bytes([10, 0, 2, 2]), datagram(9, 7001, b"x")) * 2,
