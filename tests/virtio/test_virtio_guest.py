@@ -158,7 +158,8 @@ grep 'virtio0-req' /proc/interrupts"""
 
 
 @pytest.mark.slow
-def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(backend_for_linux):
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(transport, backend_for_linux):
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
@@ -172,7 +173,8 @@ dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
         backend=backend_for_linux,
         console=console,
         balloon=True,
-        cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_balloon")),
+        transport=transport,
+        cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_pci", "virtio_balloon")),
     ) as machine:
         (balloon,) = (one for one in machine.virtio.devices if isinstance(one, Balloon))
         console.expect("ready", timeout=120)
@@ -189,6 +191,47 @@ dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
         assert balloon.actual < 160 << 20, "it let some go"
         console.send_line("end")
         assert machine.wait(60).reason == "poweroff"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_free_pages_are_reported_and_go_back_to_the_host(transport, backend_for_linux):
+    guest = guests.find("debian-6.1")
+    if guest is None:
+        pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
+    run = """mkdir /t; mount -t tmpfs -o size=100% none /t
+echo ready; read line; dd if=/dev/zero of=/t/file bs=1M count=128 2> /dev/null; echo filled
+read line; rm /t/file; echo freed; read line
+dd if=/dev/urandom of=/t/file bs=1M count=100 2> /dev/null; md5sum < /t/file; md5sum < /t/file"""
+    console = Console()
+    with Machine(
+        kernel=guest.kernel,
+        initrd=guest.initrd_modules,
+        memory="256M",
+        backend=backend_for_linux,
+        console=console,
+        balloon=True,
+        transport=transport,
+        cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_pci", "virtio_balloon")),
+    ) as machine:
+        (balloon,) = (one for one in machine.virtio.devices if isinstance(one, Balloon))
+        console.expect("ready", timeout=120)
+        console.send_line("fill")
+        console.expect("filled", timeout=120)
+        before, full = balloon.discarded, resident()
+        console.send_line("free")
+        console.expect("freed", timeout=60)
+        wait_for(lambda: balloon.discarded >= before + (100 << 20))
+        assert resident() < full - (80 << 20), "the host has them again"
+        console.send_line("use them again")
+        assert machine.wait(120).reason == "poweroff"
+    first, second = re.findall("^([0-9a-f]{32})  -", console.transcript, re.M)
+    assert first == second and balloon.refused == 0 and balloon.actual == 0
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def wait_for(condition, seconds=60):

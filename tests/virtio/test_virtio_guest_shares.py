@@ -18,6 +18,7 @@ from kvmpy.virtio import Blk
 from kvmpy.virtio import features as f
 
 pytestmark = pytest.mark.guest
+BOTH = pytest.mark.parametrize("transport", ["mmio", pytest.param("pci", marks=pytest.mark.slow)])
 
 FILES = """mkdir /m /ro; mount -t virtiofs data /m || exit 9; mount -t virtiofs safe /ro || exit 8
 md5sum < /m/big; cat /m/dir/hello; ls -l /m | wc -l
@@ -56,7 +57,7 @@ def run(guest, commands, modules, closing=contextlib.nullcontext, **options):
         backend="tcg",  # a KVM that emulates ring 0 may lack instructions that Debian's kernels use
         decompress=True,
         console=console,
-        cmdline="console=ttyS0 nokaslr quiet " + parameters(commands, modules=("virtio_mmio", *modules)),
+        cmdline="console=ttyS0 nokaslr quiet " + parameters(commands, modules=("virtio_mmio", "virtio_pci", *modules)),
         **options,
     ) as machine:
         outcome = machine.wait(timeout=300)
@@ -65,7 +66,8 @@ def run(guest, commands, modules, closing=contextlib.nullcontext, **options):
     return console.transcript.replace("\r", ""), stats
 
 
-def test_linux_works_in_shared_folders(guest, tmp_path):
+@BOTH
+def test_linux_works_in_shared_folders(guest, transport, tmp_path):
     data = random.Random(9).randbytes(3_000_000)
     folder, safe = tmp_path / "share", tmp_path / "safe"
     (folder / "dir").mkdir(parents=True)
@@ -75,7 +77,8 @@ def test_linux_works_in_shared_folders(guest, tmp_path):
     (folder / "gone").touch()
     (folder / "dir" / "hello").write_text("from the host\n")
     (safe / "kept").write_text("kept as it was\n")
-    text, stats = run(guest, FILES, ["virtiofs"], shares=[f"{folder},tag=data", f"{safe},tag=safe,readonly=on"])
+    shares = [f"{folder},tag=data", f"{safe},tag=safe,readonly=on"]
+    text, stats = run(guest, FILES, ["virtiofs"], shares=shares, transport=transport)
     digest = hashlib.md5(data).hexdigest()
     assert text.count(digest) == 2 and "from the host" in text and "kept as it was" in text
     assert "all-well" in text and "ESCAPED" not in text and "WROTE" not in text
@@ -90,7 +93,8 @@ def test_linux_works_in_shared_folders(guest, tmp_path):
     assert stats["share0"]["written_bytes"] > 3_000_000 and stats["share0"]["open_files"] == 0
 
 
-def test_linux_drives_packed_rings_and_several_queues(guest, tmp_path):
+@BOTH
+def test_linux_drives_packed_rings_and_several_queues(guest, transport, tmp_path):
     create_disk(tmp_path / "disk", "qcow2", 8 << 20)
     with open_disk(tmp_path / "disk", "qcow2") as disk:
 
@@ -99,7 +103,7 @@ def test_linux_drives_packed_rings_and_several_queues(guest, tmp_path):
             device.offer(f.RING_PACKED)
             return device
 
-        text, stats = run(guest, PACKED, ["virtio_blk"], cpus=2, virtio=[packed])
+        text, stats = run(guest, PACKED, ["virtio_blk"], cpus=2, virtio=[packed], transport=transport)
         first, second = re.findall(r"^([0-9a-f]{32})  -$", text, re.M)
         assert first == second == hashlib.md5(disk.pread(0, 1 << 20)).hexdigest()
     assert re.search(r"^2$", text, re.M), "two queues"
@@ -117,7 +121,8 @@ def no_space_left():
             raise
 
 
-def test_a_full_host_disk_is_an_io_error_and_an_event(guest, tmp_path):
+@BOTH
+def test_a_full_host_disk_is_an_io_error_and_an_event(guest, transport, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "kvmpy-test", small]
@@ -129,7 +134,8 @@ def test_a_full_host_disk_is_an_io_error_and_an_event(guest, tmp_path):
         drive = Drive(small / "disk", "qcow2", on_error=errors.append)
         commands = """dd if=/dev/urandom of=/dev/vda bs=64k count=128 oflag=direct; echo "dd: $?"
 dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct 2> /dev/null && echo still-readable"""
-        text, stats = run(guest, commands, ["virtio_blk"], disks=[drive], closing=no_space_left)
+        options = {"disks": [drive], "transport": transport}
+        text, stats = run(guest, commands, ["virtio_blk"], closing=no_space_left, **options)
         assert "I/O error" in text and "dd: 1" in text and "still-readable" in text
         assert errors and set(errors) == {errno.ENOSPC} and stats["blk0"]["errors"] > 0
         if subprocess.run(["qemu-img", "--version"], capture_output=True, check=False).returncode == 0:

@@ -43,7 +43,8 @@ def mirror(server):
         client.sendall(data)
 
 
-def test_both_ways(program, tmp_path):
+@pytest.mark.parametrize("transport", ["mmio", pytest.param("pci", marks=pytest.mark.slow)])
+def test_both_ways(program, transport, tmp_path):
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
@@ -63,7 +64,8 @@ def test_both_ways(program, tmp_path):
             decompress=True,
             console=console,
             cmdline="console=ttyS0 nokaslr quiet "
-            + parameters(COMMANDS, modules=("virtio_mmio", "vmw_vsock_virtio_transport")),
+            + parameters(COMMANDS, modules=("virtio_mmio", "virtio_pci", "vmw_vsock_virtio_transport")),
+            transport=transport,
             vsock=(5, tmp_path / "v"),
         ) as machine:
             console.expect("guest listens", timeout=200)
