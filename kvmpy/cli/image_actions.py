@@ -139,13 +139,15 @@ def create(options: argparse.Namespace) -> int:
     if options.options == ["help"]:
         return _show_options(options.format)
     known = creation_options(options.format)
-    chosen = parse_options(options.options, known)
+    chosen = parse_options(options.options, {**known, "size": 0})
+    size = chosen.pop("size", None)
+    if options.size is not None:
+        size = parse_size(options.size)
     for name, value in (("backing_file", options.backing), ("backing_fmt", options.backing_format)):
         if value is not None:
             if name not in known:
                 raise ValueError(f"format {options.format} has no backing files")
             chosen[name] = value
-    size = None if options.size is None else parse_size(options.size)
     backing = chosen.get("backing_file")
     if backing is not None and chosen.get("backing_fmt") is None:
         raise ValueError("a backing file needs its format named (-F)")

@@ -106,6 +106,9 @@ def test_create_convert_check_resize(qemu: Qemu, image: Path, capsys: pytest.Cap
     about = json.loads(qemu.img("info", "--output=json", "new.qcow2"))
     assert (about["virtual-size"], about["cluster-size"]) == (1_610_612_736, 4096)
     assert about["format-specific"]["data"]["lazy-refcounts"] and about["format-specific"]["data"]["refcount-bits"] == 8
+    command("create", "-q", "-f", "raw", "-o", "size=3M", "sized.raw")
+    command("create", "-q", "-f", "raw", "-o", "size=3M", "both.raw", "5M")
+    assert (Path("sized.raw").stat().st_size, Path("both.raw").stat().st_size) == (3 << 20, 5 << 20)
     command("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "over.qcow2")
     assert json.loads(qemu.img("info", "--output=json", "over.qcow2"))["virtual-size"] == SIZE
     for format in ("raw", "qcow2", "vdi", "vmdk"):
