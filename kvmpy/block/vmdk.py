@@ -27,7 +27,8 @@ from kvmpy.errors import ImageError
 
 _MAX_DESCRIPTOR = 1 << 20
 _MAX_EXTENTS = 4096
-_EXTENT = re.compile(r'(RW|RDONLY|NOACCESS)\s+(\d{1,18})\s+([A-Z0-9]+)(?:\s+"([^"]*)"(?:\s+(\d{1,18}))?)?')
+_MAX_SIZE = 1 << 62
+_EXTENT = re.compile(r'(RW|RDONLY)\s+(\d{1,18})\s+([A-Z0-9]+)(?:\s+"([^"]*)"(?:\s+(\d{1,18}))?)?')
 TYPES = (
     "monolithicSparse",
     "streamOptimized",
@@ -56,11 +57,16 @@ class Descriptor:
             if found:
                 _, sectors, kind, name, offset = found.groups()
                 self.extents.append(_Line(int(sectors), kind, name or "", int(offset or 0)))
+            elif line.split(maxsplit=1)[:1] in (["RW"], ["RDONLY"], ["NOACCESS"]):
+                # Left out, it would move all that comes behind it.
+                raise ImageError(f"the descriptor has an extent that makes no sense: {line[:80]!r}")
             elif "=" in line and not line.startswith("#"):
                 key, value = line.split("=", 1)
                 self.values[key.strip()] = value.strip().strip('"')
         if len(self.extents) > _MAX_EXTENTS:
             raise ImageError(f"the descriptor has {len(self.extents)} extents, the limit is {_MAX_EXTENTS}")
+        if not self.extents:
+            raise ImageError("the descriptor has no extents")
         self.type = self.values.get("createType", "")
         if self.type not in TYPES:
             raise ImageError(f"VMDK type {self.type!r} is not supported ({', '.join(TYPES)} are)")
@@ -174,6 +180,9 @@ def open_vmdk(file: HostFile, *, follow: Follow = NOTHING) -> VmdkDisk:
             if not file.readonly:
                 raise ImageError(f"VMDK images of type {descriptor.type} can only be read")
             deeper = follow.deeper()
+            size = sum(line.sectors for line in descriptor.extents) * 512
+            if size >= _MAX_SIZE:
+                raise ImageError(f"a disk of {size} bytes is too large")
             for line in descriptor.extents:
                 extents.append(_open_extent(line, file.folder, deeper))
         return VmdkDisk(file, descriptor, extents)
@@ -186,8 +195,6 @@ def open_vmdk(file: HostFile, *, follow: Follow = NOTHING) -> VmdkDisk:
 
 def _open_extent(line: _Line, folder: Path, follow: Follow) -> Disk:
     size = line.sectors * 512
-    if size >= 1 << 62:
-        raise ImageError(f"an extent of {line.sectors} sectors is too large")
     if line.kind == "ZERO":
         return ZeroDisk(size)
     if line.kind not in ("FLAT", "SPARSE"):
