@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock Debian kernels on our networks: DHCP, echo, HTTP both ways, two guests over a switch, QEMU as the peer."""
+"""Stock Debian kernels on our networks: DHCP, echo, HTTP both ways, iperf, two guests over a switch, QEMU as the peer."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ import pytest
 
 from kvmpy import Machine, Nic, guests
 from kvmpy.chardev import Console
-from kvmpy.errors import BackendError, NetworkError
+from kvmpy.errors import NetworkError
 from kvmpy.guests import initramfs
 from kvmpy.guests.init import parameters
 from kvmpy.net import StreamSocket, Switch, Tap, UserNet
@@ -28,18 +28,14 @@ from kvmpy.net import StreamSocket, Switch, Tap, UserNet
 pytestmark = pytest.mark.guest
 
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_net")
+ENGINES = pytest.mark.parametrize("backend", ["tcg", pytest.param("kvm", marks=pytest.mark.slow)], indirect=True)
 BOTH = pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.slow)])
 
 
 @pytest.fixture
-def linux():
-    """Makes a machine with Debian's kernel on the software CPU: a KVM that emulates ring 0 may lack instructions."""
-    from kvmpy import Vm
-
-    try:
-        Vm("tcg").close()
-    except BackendError as error:
-        pytest.skip(str(error))
+def linux(request):
+    """Makes a machine with Debian's kernel, on the software CPU unless the test is about engines."""
+    backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else "tcg"
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
@@ -51,7 +47,7 @@ def linux():
                 initrd=io.BytesIO(guest.initrd_modules.read_bytes() + more),
                 memory="256M",
                 cpus=cpus,
-                backend="tcg",
+                backend=backend,
                 transport=transport,
                 nets=nets,
                 console=Console(),
@@ -115,8 +111,9 @@ def ended(machine):
     return text
 
 
+@ENGINES
 @BOTH
-def test_user_mode_network(linux, transport):
+def test_user_mode_network(linux, backend, transport):
     with (
         web_server() as port,
         UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{port}"], host_forwards=["tcp::0-:8080"]) as net,
@@ -138,8 +135,9 @@ def test_user_mode_network(linux, transport):
         assert 'kvmpy_network_tcp_opened_total{device="net0"}' in stats.prometheus()
 
 
+@ENGINES
 @BOTH
-def test_two_processors_use_two_queues_of_a_tap(linux, namespace, transport):
+def test_two_processors_use_two_queues_of_a_tap(linux, backend, namespace, transport):
     words = f"tap:guest0,netns={namespace.name},address=192.168.77.1/24,queues=2"
     run = (
         "ls -d /sys/class/net/eth0/queues/*\n"
@@ -162,8 +160,9 @@ def test_two_processors_use_two_queues_of_a_tap(linux, namespace, transport):
     assert "guest0" not in namespace.run("ip", "link")
 
 
+@ENGINES
 @BOTH
-def test_tap_in_a_namespace(linux, transport, namespace, tmp_path):
+def test_tap_in_a_namespace(linux, backend, transport, namespace, tmp_path):
     try:
         tap = Tap("guest0", namespace=namespace.name, addresses="192.168.77.1/24")
     except NetworkError as error:
@@ -198,8 +197,9 @@ def test_tap_in_a_namespace(linux, transport, namespace, tmp_path):
         server.communicate()
 
 
+@ENGINES
 @BOTH
-def test_two_guests_over_the_switch(linux, transport):
+def test_two_guests_over_the_switch(linux, backend, transport):
     with Switch() as switch:
         send = (
             "ip addr add 10.5.0.1/24 dev eth0; ip link set eth0 up; mkdir /www\n"

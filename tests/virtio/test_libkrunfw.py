@@ -17,6 +17,7 @@ from kvmpy.cli import main
 from kvmpy.net import UserNet
 
 pytestmark = pytest.mark.guest
+ENGINES = pytest.mark.parametrize("backend", ["tcg", pytest.param("kvm", marks=pytest.mark.slow)], indirect=True)
 
 INIT = """#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
@@ -82,14 +83,15 @@ def root_image(folder, init, *archives):
     return disk
 
 
-def test_a_disk_and_hvc0_without_acpi(tmp_path):
+@ENGINES
+def test_a_disk_and_hvc0_without_acpi(backend, tmp_path):
     disk = root_image(tmp_path, INIT)
     kernel = guests.find("libkrunfw")
     console = Console()
     with Machine(
         kernel=kernel.kernel,
         memory="256M",
-        backend="tcg",
+        backend=backend,
         acpi=False,
         console=Null(),
         hvc=console,
@@ -106,7 +108,8 @@ def test_a_disk_and_hvc0_without_acpi(tmp_path):
     assert numbers == b"".join(b"%d\n" % number for number in range(1, 100001))
 
 
-def test_file_systems_entropy_and_the_network(tmp_path):
+@ENGINES
+def test_file_systems_entropy_and_the_network(backend, tmp_path):
     """What Debian's kernels are asked to do, on qcow2 disks; everything comes by virtio-mmio without ACPI."""
     tools, kernel = guests.find("e2fsprogs"), guests.find("libkrunfw")
     if tools is None:
@@ -124,7 +127,7 @@ def test_file_systems_entropy_and_the_network(tmp_path):
         with Machine(
             kernel=kernel.kernel,
             memory="256M",
-            backend="tcg",
+            backend=backend,
             acpi=False,
             console=Null(),
             hvc=console,

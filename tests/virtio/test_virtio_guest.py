@@ -24,6 +24,7 @@ from kvmpy.net import PacketSocket
 from kvmpy.virtio import Balloon, Port
 
 pytestmark = pytest.mark.guest
+ENGINES = pytest.mark.parametrize("backend", ["tcg", pytest.param("kvm", marks=pytest.mark.slow)], indirect=True)
 
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console")
 TRIAL = """cat /sys/block/vda/serial; echo; mkfs.ext4 -q /dev/vda && mkdir /m && mount /dev/vda /m
@@ -48,22 +49,9 @@ def answer_arp(sock: socket.socket) -> None:
             sock.send(frame[6:12] + mac + b"\x08\x06" + reply)
 
 
-@pytest.fixture
-def backend_for_linux(request):
-    """The software CPU: a KVM that emulates ring 0 may lack instructions that Debian's kernels use."""
-    from kvmpy import Vm
-    from kvmpy.errors import BackendError
-
-    try:
-        Vm("tcg").close()
-    except BackendError as error:
-        pytest.skip(str(error))
-    return "tcg"
-
-
 @pytest.mark.parametrize("name", ["debian-6.1", pytest.param("debian-6.12", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
-def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
+def test_linux_uses_every_device(name, transport, backend, tmp_path):
     guest = guests.find(name)
     if guest is None:
         pytest.skip(f"{name} is not in the cache: kvmpy guest get {name}")
@@ -72,7 +60,7 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
         pytest.skip("e2fsprogs is not in the cache: kvmpy guest get e2fsprogs")
     create_disk(tmp_path / "disk", "qcow2", 32 << 20)
     console, hvc, port = Console(), Console(), Console()
-    backend, peer = PacketSocket.pair()
+    wire, peer = PacketSocket.pair()
     host = threading.Thread(target=answer_arp, args=(peer,), daemon=True)
     host.start()
     with open_disk(tmp_path / "disk", "qcow2") as disk:
@@ -80,12 +68,12 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
             kernel=guest.kernel,
             initrd=io.BytesIO(guest.initrd_modules.read_bytes() + tools.initrd.read_bytes()),
             memory="256M",
-            backend=backend_for_linux,
+            backend=backend,
             decompress=True,
             console=console,
             cmdline="console=ttyS0 nokaslr quiet " + parameters(TRIAL, modules=MODULES),
             disks=[Drive(disk, serial="kvmpy-disk")],
-            nets=[backend],
+            nets=[wire],
             hvc=[Port(hvc, console=True), Port(port, "agent")],
             rng=True,
             balloon=True,
@@ -111,16 +99,17 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
         assert subprocess.run(["md5sum"], input=data, capture_output=True, check=True).stdout.decode()[:32] == digest
 
 
-def test_the_example_with_disks(backend_for_linux):
+@ENGINES
+def test_the_example_with_disks(backend):
     if guests.find("debian-6.1") is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
     example = Path(__file__).resolve().parents[2] / "examples/linux_disk.py"
     done = subprocess.run(
-        [sys.executable, example, "pci"], env=os.environ | {"KVMPY_BACKEND": "tcg"},
+        [sys.executable, example, "pci"], env=os.environ | {"KVMPY_BACKEND": backend},
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     for promise in (
-        "tcg engine, virtio-pci",
+        f"{backend} engine, virtio-pci",
         "this disk is example, 131072 sectors",
         "read-only: hello, guest",
         "Operation not permitted",
@@ -130,7 +119,8 @@ def test_the_example_with_disks(backend_for_linux):
 
 
 @pytest.mark.slow
-def test_each_processor_has_its_queue_and_vector(backend_for_linux, tmp_path):
+@ENGINES
+def test_each_processor_has_its_queue_and_vector(backend, tmp_path):
     guest = guests.find("debian-6.12")
     if guest is None:
         pytest.skip("debian-6.12 is not in the cache: kvmpy guest get debian-6.12")
@@ -144,7 +134,7 @@ grep 'virtio0-req' /proc/interrupts"""
         initrd=guest.initrd_modules,
         memory="256M",
         cpus=2,
-        backend=backend_for_linux,
+        backend=backend,
         decompress=True,
         cmdline="console=ttyS0 quiet " + parameters(trial),
         disks=[f"{tmp_path}/disk,format=raw,queues=2"],
@@ -159,7 +149,8 @@ grep 'virtio0-req' /proc/interrupts"""
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
-def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(transport, backend_for_linux):
+@ENGINES
+def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(transport, backend):
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
@@ -170,7 +161,7 @@ dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
         kernel=guest.kernel,
         initrd=guest.initrd_modules,
         memory="256M",
-        backend=backend_for_linux,
+        backend=backend,
         console=console,
         balloon=True,
         transport=transport,
@@ -195,7 +186,8 @@ dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
-def test_free_pages_are_reported_and_go_back_to_the_host(transport, backend_for_linux):
+@ENGINES
+def test_free_pages_are_reported_and_go_back_to_the_host(transport, backend):
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
@@ -208,7 +200,7 @@ dd if=/dev/urandom of=/t/file bs=1M count=100 2> /dev/null; md5sum < /t/file; md
         kernel=guest.kernel,
         initrd=guest.initrd_modules,
         memory="256M",
-        backend=backend_for_linux,
+        backend=backend,
         console=console,
         balloon=True,
         transport=transport,
