@@ -16,7 +16,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvmpy.block._disk import RawCore
 from kvmpy.block.disk import Disk, Extent, PythonDisk
@@ -74,6 +74,12 @@ class Descriptor:
             raise ImageError("VMDK images with a parent (snapshots) are not supported")
 
 
+    def number(self, key: str) -> int:
+        """A content ID; all ones (nobody) when it is none."""
+        text = self.values.get(key, "")
+        return int(text, 16) if re.fullmatch("[0-9a-fA-F]{1,8}", text) else 0xFFFF_FFFF
+
+
 class VmdkDisk(PythonDisk):
     """An open VMDK image: extents one behind the other."""
 
@@ -82,6 +88,7 @@ class VmdkDisk(PythonDisk):
     def __init__(self, file: HostFile, descriptor: Descriptor, extents: list[Disk]) -> None:
         super().__init__(sum(one.size for one in extents), file.readonly)
         self._file, self.descriptor, self._extents = file, descriptor, extents
+        self._one_file = descriptor.type in ("monolithicSparse", "streamOptimized")
         self._starts: list[int] = []
         at = 0
         for one in extents:
@@ -98,6 +105,35 @@ class VmdkDisk(PythonDisk):
         """Bytes of a grain."""
         first = self._extents[0] if self._extents else None
         return first.grain if isinstance(first, SparseExtent) else GRAIN
+
+    @property
+    def sparse(self) -> bool:
+        """Has it grains at all?"""
+        return any(isinstance(one, SparseExtent) for one in self._extents)
+
+    @property
+    def actual_size(self) -> int:
+        """Bytes that all its files take up."""
+        names: set[str] = set() if self._one_file else {line.name for line in self.descriptor.extents if line.name}
+        paths = [Path(self.path), *(self._file.folder / name for name in names)]
+        return sum(path.stat().st_blocks for path in paths) * 512
+
+    def details(self) -> dict[str, Any]:
+        """What `qemu-img info --output=json` has as format-specific data."""
+        extents: list[dict[str, Any]] = []
+        for line, one in zip(self.descriptor.extents, self._extents, strict=True):
+            about: dict[str, Any] = {"virtual-size": one.size, "format": line.kind, "filename": self.path}
+            if self._one_file:
+                about["format"] = ""
+            elif line.name:
+                about["filename"] = os.path.join(os.path.dirname(self.path), line.name)  # noqa: PTH118, PTH120
+            if isinstance(one, SparseExtent):
+                about["cluster-size"] = one.grain
+                if one.is_compressed:
+                    about["compressed"] = True
+            extents.append(about)
+        ids = {"cid": self.descriptor.number("CID"), "parent-cid": self.descriptor.number("parentCID")}
+        return {**ids, "create-type": self.descriptor.type, "extents": extents}
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[Disk, int, int]]:
         while length:

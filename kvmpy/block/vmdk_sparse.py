@@ -89,6 +89,11 @@ class SparseExtent(PythonDisk):
         self._end: int = max(-(-file.size // 512), overhead)
         self._opened = False
 
+    @property
+    def is_compressed(self) -> bool:
+        """Are its grains compressed?"""
+        return bool(self._flags & COMPRESSED)
+
     def limit(self, size: int) -> None:
         """Show only the first `size` bytes: the descriptor may say less than the extent maps."""
         self._size = size

@@ -67,6 +67,35 @@ def test_info_says_what_qemu_img_says(qemu: Qemu, image: Path, capsys: pytest.Ca
     assert [one["format"] for one in chain] == ["qcow2", "raw"]
 
 
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("raw", ""),
+        ("vdi", ""),
+        ("vdi", "static=on"),
+        ("vmdk", ""),
+        ("vmdk", "subformat=streamOptimized"),
+        ("vmdk", "subformat=monolithicFlat"),
+        ("vmdk", "subformat=twoGbMaxExtentFlat"),
+        ("vmdk", "subformat=twoGbMaxExtentSparse"),
+        ("qcow2", "compat=0.10"),
+        ("qcow2", "data_file=ext.data"),
+    ],
+)
+def test_info_of_every_format(
+    qemu: Qemu, image: Path, capsys: pytest.CaptureFixture[str], format: str, options: str
+) -> None:
+    qemu.img("convert", "-f", "qcow2", "-O", format, *(["-o", options] if options else []), image, "one.image")
+    theirs = json.loads(qemu.img("info", "--output=json", "-f", format, "one.image"))
+    ours = json.loads(answer(capsys, "info", "--output=json", "-f", format, "--follow", ".", "one.image"))
+    assert ours == theirs
+    theirs_text = qemu.img("info", "-f", format, "one.image").splitlines()
+    ours_text = answer(capsys, "info", "-f", format, "--follow", ".", "one.image").splitlines()
+    assert {one.strip() for one in ours_text if "disk size" not in one} == {
+        one.strip() for one in theirs_text if "disk size" not in one
+    }
+
+
 @pytest.mark.parametrize("options", ["", "-c", "extended_l2=on"])
 def test_map_says_what_qemu_img_says(qemu: Qemu, image: Path, capsys: pytest.CaptureFixture[str], options: str) -> None:
     if options:

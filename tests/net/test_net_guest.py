@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock Debian kernels on our networks: DHCP, echo, HTTP both ways, iperf, two guests over a switch, QEMU as the peer."""
+"""Debian's kernels on our networks: DHCP, echo, HTTP both ways, iperf, two guests over a switch, QEMU as the peer."""
 
 import contextlib
 import hashlib
