@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import resource
 import shutil
 import signal
@@ -99,6 +100,45 @@ def test_full_file_system_gives_errors_and_a_sound_image(
     assert not result.corruptions and not result.check_errors, result
     with open_disk(path, format, readonly=True) as disk:
         assert disk.pread(0, SIZE) == drive.expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cluster_size": 512}, {"cluster_size": 4096}, {"lazy_refcounts": True}, {"extended_l2": True}],
+    ids=str,
+)
+def test_what_a_full_file_system_took_can_be_flushed(
+    small_disk: Path, tmp_path: Path, options: dict[str, object]
+) -> None:
+    """The tables' room is taken when they are made: a flush needs none, and the disk goes on."""
+    path, after = small_disk / "disk.image", tmp_path / "after.image"
+    create_disk(path, "qcow2", 4 << 30, **options)
+    rnd = random.Random(9)
+    kept: dict[int, bytes] = {}
+    with open_disk(path, "qcow2") as disk:
+        failed = 0
+        for number in range(600):
+            offset, data = rnd.randrange(4 << 10) << 20, rnd.randbytes(rnd.choice([512, 4096, 30_000]))
+            try:
+                disk.pwrite(offset, data)
+                kept[offset] = data
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                kept.pop(offset, None)
+                failed += 1
+            if number % 50 == 49:
+                disk.flush()
+        assert failed
+        disk.flush()
+        shutil.copyfile(path, after)  # as kill -9 would leave it
+        for offset, data in kept.items():
+            assert disk.pread(offset, len(data)) == data
+    with HostFile.open(after) as file:
+        result = check(file)
+    assert not result.check_errors and (options.get("lazy_refcounts") or not result.corruptions), result
+    with open_disk(after, "qcow2") as disk:
+        for offset, data in kept.items():
+            assert disk.pread(offset, len(data)) == data
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2", "vdi", "vmdk"])
