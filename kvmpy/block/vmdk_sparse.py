@@ -199,6 +199,10 @@ class SparseExtent(PythonDisk):
             if not self._opened:
                 self._file.pwrite(_UNCLEAN, b"\1")
                 self._opened = True
+            i, entry = divmod(grain, _ENTRIES)
+            for directory in (self._redundant, self._directory):  # room for what `_flush` will write
+                if directory is not None and directory[i]:
+                    self._file.reserve(directory[i] * 512 + entry * 4, 4)
             sectors = self.grain // 512
             place = self._end + -self._end % sectors
             if place + sectors >= 1 << 32:

@@ -28,6 +28,7 @@ from kvmpy.block.qcow2 import Header, check
 from kvmpy.errors import ImageError
 
 SIZE = 16 << 20
+SPAN = 4 << 30
 
 
 @pytest.fixture
@@ -103,22 +104,30 @@ def test_full_file_system_gives_errors_and_a_sound_image(
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"cluster_size": 512}, {"cluster_size": 4096}, {"lazy_refcounts": True}, {"extended_l2": True}],
+    ("format", "options"),
+    [
+        ("qcow2", {}),
+        ("qcow2", {"cluster_size": 512}),
+        ("qcow2", {"cluster_size": 4096}),
+        ("qcow2", {"lazy_refcounts": True}),
+        ("qcow2", {"extended_l2": True}),
+        ("vdi", {}),
+        ("vmdk", {}),
+    ],
     ids=str,
 )
 def test_what_a_full_file_system_took_can_be_flushed(
-    small_disk: Path, tmp_path: Path, options: dict[str, object]
+    qemu: Qemu, small_disk: Path, tmp_path: Path, format: str, options: dict[str, object]
 ) -> None:
     """The tables' room is taken when they are made: a flush needs none, and the disk goes on."""
     path, after = small_disk / "disk.image", tmp_path / "after.image"
-    create_disk(path, "qcow2", 4 << 30, **options)
+    create_disk(path, format, SPAN, **options)
     rnd = random.Random(9)
     kept: dict[int, bytes] = {}
-    with open_disk(path, "qcow2") as disk:
+    with open_disk(path, format) as disk:
         failed = 0
         for number in range(600):
-            offset, data = rnd.randrange(4 << 10) << 20, rnd.randbytes(rnd.choice([512, 4096, 30_000]))
+            offset, data = rnd.randrange(SPAN >> 20) << 20, rnd.randbytes(rnd.choice([512, 4096, 30_000]))
             try:
                 disk.pwrite(offset, data)
                 kept[offset] = data
@@ -133,10 +142,13 @@ def test_what_a_full_file_system_took_can_be_flushed(
         shutil.copyfile(path, after)  # as kill -9 would leave it
         for offset, data in kept.items():
             assert disk.pread(offset, len(data)) == data
-    with HostFile.open(after) as file:
-        result = check(file)
-    assert not result.check_errors and (options.get("lazy_refcounts") or not result.corruptions), result
-    with open_disk(after, "qcow2") as disk:
+    if format == "qcow2":
+        with HostFile.open(after) as file:
+            result = check(file)
+        assert not result.check_errors and (options.get("lazy_refcounts") or not result.corruptions), result
+    else:
+        qemu.img("check", "-q", "-f", format, path)
+    with open_disk(after, format) as disk:
         for offset, data in kept.items():
             assert disk.pread(offset, len(data)) == data
 
