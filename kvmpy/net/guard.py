@@ -2,7 +2,7 @@
 """A shell that waits for this process to end, and takes back what it left in a network namespace if it was killed.
 
 The shell reads a pipe whose other end only this process has: a word says that all was removed, the pipe's end that
-nobody will any more. Then it becomes `python -m kvmpy.net.guard OWNER`, in the namespace that it was started in.
+nobody will any more. Then it becomes a Python that calls `clean()`, in the namespace that it was started in.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kvmpy.net import owner
 log = logging.getLogger("kvmpy.net")
 
 SCRIPT = 'read -r word; [ "$word" = done ] || exec "$@"'
+PROGRAM = "import sys; from kvmpy.net.guard import clean; clean(sys.argv[1])"
 PATIENCE = 10.0  # seconds from the end of the pipe to the end of its process
 
 
@@ -28,7 +29,7 @@ class Guard:
     def __init__(self) -> None:
         self._shell: subprocess.Popen[bytes] | None = None
         path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        words = ["sh", "-c", SCRIPT, "kvmpy-guard", sys.executable, "-m", "kvmpy.net.guard", owner.mark()]
+        words = ["sh", "-c", SCRIPT, "kvmpy-guard", sys.executable, "-P", "-c", PROGRAM, owner.mark()]
         try:
             self._shell = subprocess.Popen(
                 words,
@@ -59,7 +60,3 @@ def clean(word: str) -> list[str]:
             return []
         time.sleep(0.02)
     return reclaim()
-
-
-if __name__ == "__main__":
-    clean(sys.argv[1])
