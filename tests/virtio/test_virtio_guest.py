@@ -3,6 +3,7 @@
 
 import io
 import os
+import random
 import re
 import shutil
 import socket
@@ -17,6 +18,8 @@ import pytest
 
 from kvmpy import Drive, Machine, guests
 from kvmpy.block import create_disk, open_disk
+from kvmpy.block.hostfile import HostFile
+from kvmpy.block.qcow2 import check
 from kvmpy.chardev import Console
 from kvmpy.cli import main
 from kvmpy.guests.init import parameters
@@ -219,6 +222,40 @@ dd if=/dev/urandom of=/t/file bs=1M count=100 2> /dev/null; md5sum < /t/file; md
         assert machine.wait(120).reason == "poweroff"
     first, second = re.findall("^([0-9a-f]{32})  -", console.transcript, re.M)
     assert first == second and balloon.refused == 0 and balloon.actual == 0
+
+
+WRITER = """i=1; while true; do yes "n$i" | head -c 65536 > /block
+dd if=/block of=/dev/vda bs=64k seek=$((i*37%16000)) conv=fsync 2> /dev/null; echo flushed $i; i=$((i+1)); done"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_guest_flushed_is_there_after_kill_9(seed, tmp_path):
+    """Of `kvmpy run`, at a random moment of a guest's writes and flushes; test_crash.py does it without a guest."""
+    if guests.find("debian-6.1") is None:
+        pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
+    choice = random.Random(seed)
+    path = tmp_path / "disk"
+    create_disk(path, "qcow2", 1 << 30)
+    words = [sys.executable, "-m", "kvmpy", "run", "debian-6.1", "--disk", f"{path},format=qcow2", "--run", WRITER]
+    environment = os.environ | {"KVMPY_BACKEND": "tcg"}
+    with subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        text, wanted = b"", choice.randrange(5, 60)
+        while text.count(b"\nflushed ") < wanted:
+            part = os.read(process.stdout.fileno(), 65536)
+            assert part, text[-2000:]
+            text += part
+        time.sleep(choice.random() * 0.2)
+        process.kill()
+        text += process.stdout.read()
+    last = int(re.findall(rb"\nflushed (\d+)\r?\n", text)[-1])
+    with HostFile.open(path) as file:
+        result = check(file)
+    assert not result.check_errors and not result.corruptions, result
+    with open_disk(path, "qcow2") as disk:
+        for number in range(1, last + 1):
+            expected = (b"n%d\n" % number * 65536)[:65536]
+            assert disk.pread(number * 37 % 16000 * 65536, 65536) == expected, f"{number} of {last}"
 
 
 def resident():
