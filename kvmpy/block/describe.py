@@ -95,12 +95,15 @@ def describe_image(
         return _describe_qcow2(path)
     with open_disk(path, format, readonly=True, follow=follow, lock=False) as disk:
         about = {"filename": os.fspath(path), "format": format, "virtual-size": disk.size}
-        if format != "nbd":
-            about["actual-size"] = Path(path).stat().st_blocks * 512
-        if isinstance(disk, VdiDisk | VmdkDisk):
-            about["cluster-size"] = disk.cluster_size
         if isinstance(disk, VmdkDisk):
-            about["format-specific"] = {"type": "vmdk", "data": {"create-type": disk.descriptor.type}}
+            about["actual-size"] = disk.actual_size
+        elif format != "nbd":
+            about["actual-size"] = Path(path).stat().st_blocks * 512
+        if isinstance(disk, VdiDisk) or (isinstance(disk, VmdkDisk) and disk.sparse):
+            about["cluster-size"] = disk.cluster_size
+        about["dirty-flag"] = False
+        if isinstance(disk, VmdkDisk):
+            about["format-specific"] = {"type": "vmdk", "data": disk.details()}
         return about
 
 

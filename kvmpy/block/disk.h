@@ -110,6 +110,7 @@ int file_pwrite(struct host_file *, const void *, size_t length, uint64_t offset
 int file_sync(struct host_file *);
 int file_punch(struct host_file *, uint64_t offset, uint64_t length); /* a hint: unsupported is success */
 int file_zero(struct host_file *, uint64_t offset, uint64_t length, bool unmap);
+int file_reserve(struct host_file *, uint64_t offset, uint64_t length); /* so that writing there finds room; where that is known */
 int64_t file_size(struct host_file *);
 
 /* True if all bytes are zero. */

@@ -155,6 +155,12 @@ int file_zero(struct host_file *file, uint64_t offset, uint64_t length, bool unm
     return 0;
 }
 
+int file_reserve(struct host_file *file, uint64_t offset, uint64_t length)
+{
+    int result = file->block_device ? 0 : allocate(file, 0, offset, length);
+    return unsupported(result) ? 0 : result;
+}
+
 int64_t file_size(struct host_file *file)
 {
     int64_t size = lseek(file->fd, 0, SEEK_END);

@@ -107,6 +107,11 @@ class HostFile:
         if not self.is_block_device:
             os.ftruncate(self.fd, size)
 
+    def reserve(self, offset: int, length: int) -> None:
+        """Room for what will be written there, so that it finds some. Raises OSError."""
+        if not self.is_block_device:
+            os.posix_fallocate(self.fd, offset, length)
+
     def close(self) -> None:
         """Close the descriptor and with it release the locks; a second call does nothing."""
         fd, self.fd = self.fd, -1

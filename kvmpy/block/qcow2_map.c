@@ -80,10 +80,23 @@ static void set_l1(struct qcow2 *q, uint64_t index, uint64_t offset)
         q->l1_dirty_to = index + 1;
 }
 
+/* A cluster for a table, with room in the file: what the guest was told is written must not be lost for want of it later. */
+static int alloc_table(struct qcow2 *q, uint64_t *offset)
+{
+    uint64_t got;
+    bool fresh;
+    int result = q_alloc(q, 1, true, offset, &got, &fresh);
+    if (result)
+        return result;
+    result = file_reserve(&q->file, *offset, q->cluster_size);
+    if (result)
+        q_set_refcount(q, q_cluster(q, *offset), 0); /* if that fails it is leaked */
+    return result;
+}
+
 int q_l2(struct qcow2 *q, uint64_t offset, bool write, struct q_slot **slot)
 {
-    uint64_t index = offset >> (q->cluster_bits + q->l2_bits), got, fresh_offset;
-    bool fresh;
+    uint64_t index = offset >> (q->cluster_bits + q->l2_bits), fresh_offset;
     *slot = NULL;
     if (index >= q->l1_size)
         return q_fault(q, "the L1 table is too short for the disk", q->l1_offset);
@@ -100,11 +113,11 @@ int q_l2(struct qcow2 *q, uint64_t offset, bool write, struct q_slot **slot)
         if (result || !write || (q->l1[index] & Q_COPIED))
             return result;
         /* A snapshot has this table too: go on with a copy under the same index. */
-        result = q_alloc(q, 1, true, &fresh_offset, &got, &fresh);
+        result = alloc_table(q, &fresh_offset);
         if (!result)
             result = q_cache_get(q, &q->l2, index, table, false, slot);
     } else {
-        result = q_alloc(q, 1, true, &fresh_offset, &got, &fresh);
+        result = alloc_table(q, &fresh_offset);
         if (!result)
             result = q_cache_get(q, &q->l2, index, fresh_offset, true, slot);
     }

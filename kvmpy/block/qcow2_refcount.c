@@ -163,7 +163,9 @@ static int make_block(struct qcow2 *q, uint64_t cluster, uint64_t place)
         return grow_table(q, index);
     if (q->rt[index])
         return q_corrupt(q, "a refcount block exists already", q->rt_offset + index * 8);
-    int result = q_meta_add(q, offset);
+    int result = file_reserve(&q->file, offset, q->cluster_size);
+    if (!result)
+        result = q_meta_add(q, offset);
     if (!result)
         result = q_cache_get(q, &q->rb, index, offset, true, &slot);
     if (result)

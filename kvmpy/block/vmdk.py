@@ -16,7 +16,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvmpy.block._disk import RawCore
 from kvmpy.block.disk import Disk, Extent, PythonDisk
@@ -27,7 +27,8 @@ from kvmpy.errors import ImageError
 
 _MAX_DESCRIPTOR = 1 << 20
 _MAX_EXTENTS = 4096
-_EXTENT = re.compile(r'(RW|RDONLY|NOACCESS)\s+(\d{1,18})\s+([A-Z0-9]+)(?:\s+"([^"]*)"(?:\s+(\d{1,18}))?)?')
+_MAX_SIZE = 1 << 62
+_EXTENT = re.compile(r'(RW|RDONLY)\s+(\d{1,18})\s+([A-Z0-9]+)(?:\s+"([^"]*)"(?:\s+(\d{1,18}))?)?')
 TYPES = (
     "monolithicSparse",
     "streamOptimized",
@@ -56,16 +57,27 @@ class Descriptor:
             if found:
                 _, sectors, kind, name, offset = found.groups()
                 self.extents.append(_Line(int(sectors), kind, name or "", int(offset or 0)))
+            elif line.split(maxsplit=1)[:1] in (["RW"], ["RDONLY"], ["NOACCESS"]):
+                # Left out, it would move all that comes behind it.
+                raise ImageError(f"the descriptor has an extent that makes no sense: {line[:80]!r}")
             elif "=" in line and not line.startswith("#"):
                 key, value = line.split("=", 1)
                 self.values[key.strip()] = value.strip().strip('"')
         if len(self.extents) > _MAX_EXTENTS:
             raise ImageError(f"the descriptor has {len(self.extents)} extents, the limit is {_MAX_EXTENTS}")
+        if not self.extents:
+            raise ImageError("the descriptor has no extents")
         self.type = self.values.get("createType", "")
         if self.type not in TYPES:
             raise ImageError(f"VMDK type {self.type!r} is not supported ({', '.join(TYPES)} are)")
         if self.values.get("parentCID", "ffffffff").lower() != "ffffffff":
             raise ImageError("VMDK images with a parent (snapshots) are not supported")
+
+
+    def number(self, key: str) -> int:
+        """A content ID; all ones (nobody) when it is none."""
+        text = self.values.get(key, "")
+        return int(text, 16) if re.fullmatch("[0-9a-fA-F]{1,8}", text) else 0xFFFF_FFFF
 
 
 class VmdkDisk(PythonDisk):
@@ -76,6 +88,7 @@ class VmdkDisk(PythonDisk):
     def __init__(self, file: HostFile, descriptor: Descriptor, extents: list[Disk]) -> None:
         super().__init__(sum(one.size for one in extents), file.readonly)
         self._file, self.descriptor, self._extents = file, descriptor, extents
+        self._one_file = descriptor.type in ("monolithicSparse", "streamOptimized")
         self._starts: list[int] = []
         at = 0
         for one in extents:
@@ -92,6 +105,35 @@ class VmdkDisk(PythonDisk):
         """Bytes of a grain."""
         first = self._extents[0] if self._extents else None
         return first.grain if isinstance(first, SparseExtent) else GRAIN
+
+    @property
+    def sparse(self) -> bool:
+        """Has it grains at all?"""
+        return any(isinstance(one, SparseExtent) for one in self._extents)
+
+    @property
+    def actual_size(self) -> int:
+        """Bytes that all its files take up."""
+        names: set[str] = set() if self._one_file else {line.name for line in self.descriptor.extents if line.name}
+        paths = [Path(self.path), *(self._file.folder / name for name in names)]
+        return sum(path.stat().st_blocks for path in paths) * 512
+
+    def details(self) -> dict[str, Any]:
+        """What `qemu-img info --output=json` has as format-specific data."""
+        extents: list[dict[str, Any]] = []
+        for line, one in zip(self.descriptor.extents, self._extents, strict=True):
+            about: dict[str, Any] = {"virtual-size": one.size, "format": line.kind, "filename": self.path}
+            if self._one_file:
+                about["format"] = ""
+            elif line.name:
+                about["filename"] = os.path.join(os.path.dirname(self.path), line.name)  # noqa: PTH118, PTH120
+            if isinstance(one, SparseExtent):
+                about["cluster-size"] = one.grain
+                if one.is_compressed:
+                    about["compressed"] = True
+            extents.append(about)
+        ids = {"cid": self.descriptor.number("CID"), "parent-cid": self.descriptor.number("parentCID")}
+        return {**ids, "create-type": self.descriptor.type, "extents": extents}
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[Disk, int, int]]:
         while length:
@@ -174,6 +216,9 @@ def open_vmdk(file: HostFile, *, follow: Follow = NOTHING) -> VmdkDisk:
             if not file.readonly:
                 raise ImageError(f"VMDK images of type {descriptor.type} can only be read")
             deeper = follow.deeper()
+            size = sum(line.sectors for line in descriptor.extents) * 512
+            if size >= _MAX_SIZE:
+                raise ImageError(f"a disk of {size} bytes is too large")
             for line in descriptor.extents:
                 extents.append(_open_extent(line, file.folder, deeper))
         return VmdkDisk(file, descriptor, extents)
@@ -186,8 +231,6 @@ def open_vmdk(file: HostFile, *, follow: Follow = NOTHING) -> VmdkDisk:
 
 def _open_extent(line: _Line, folder: Path, follow: Follow) -> Disk:
     size = line.sectors * 512
-    if size >= 1 << 62:
-        raise ImageError(f"an extent of {line.sectors} sectors is too large")
     if line.kind == "ZERO":
         return ZeroDisk(size)
     if line.kind not in ("FLAT", "SPARSE"):

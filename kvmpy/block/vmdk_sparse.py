@@ -89,6 +89,11 @@ class SparseExtent(PythonDisk):
         self._end: int = max(-(-file.size // 512), overhead)
         self._opened = False
 
+    @property
+    def is_compressed(self) -> bool:
+        """Are its grains compressed?"""
+        return bool(self._flags & COMPRESSED)
+
     def limit(self, size: int) -> None:
         """Show only the first `size` bytes: the descriptor may say less than the extent maps."""
         self._size = size
@@ -194,6 +199,10 @@ class SparseExtent(PythonDisk):
             if not self._opened:
                 self._file.pwrite(_UNCLEAN, b"\1")
                 self._opened = True
+            i, entry = divmod(grain, _ENTRIES)
+            for directory in (self._redundant, self._directory):  # room for what `_flush` will write
+                if directory is not None and directory[i]:
+                    self._file.reserve(directory[i] * 512 + entry * 4, 4)
             sectors = self.grain // 512
             place = self._end + -self._end % sectors
             if place + sectors >= 1 << 32:

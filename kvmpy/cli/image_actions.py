@@ -105,10 +105,21 @@ def _info_text(about: dict[str, Any]) -> str:
         lines += ["Snapshot list:", _snapshot_table(about["snapshots"])]
     if "format-specific" in about:
         lines.append("Format specific information:")
-        for key, value in about["format-specific"]["data"].items():
-            text = str(value).lower() if isinstance(value, bool) else value
-            lines.append(f"    {key.replace('-', ' ')}: {text}")
+        lines += _details(about["format-specific"]["data"], "    ")
     return "\n".join(lines)
+
+
+def _details(value: dict[str, Any] | list[Any], indent: str) -> list[str]:
+    """Nested values, a level per indentation, items of a list by number."""
+    lines = []
+    pairs = value.items() if isinstance(value, dict) else ((f"[{i}]", one) for i, one in enumerate(value))
+    for key, one in pairs:
+        name = f"{indent}{key.replace('-', ' ')}:"
+        if isinstance(one, dict | list):
+            lines += [name, *_details(one, indent + "    ")]
+        else:
+            lines.append(f"{name} {str(one).lower() if isinstance(one, bool) else one}")
+    return lines
 
 
 def _snapshot_table(snapshots: list[dict[str, Any]]) -> str:
@@ -139,13 +150,15 @@ def create(options: argparse.Namespace) -> int:
     if options.options == ["help"]:
         return _show_options(options.format)
     known = creation_options(options.format)
-    chosen = parse_options(options.options, known)
+    chosen = parse_options(options.options, {**known, "size": 0})
+    size = chosen.pop("size", None)
+    if options.size is not None:
+        size = parse_size(options.size)
     for name, value in (("backing_file", options.backing), ("backing_fmt", options.backing_format)):
         if value is not None:
             if name not in known:
                 raise ValueError(f"format {options.format} has no backing files")
             chosen[name] = value
-    size = None if options.size is None else parse_size(options.size)
     backing = chosen.get("backing_file")
     if backing is not None and chosen.get("backing_fmt") is None:
         raise ValueError("a backing file needs its format named (-F)")

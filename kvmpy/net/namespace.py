@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +19,8 @@ T = TypeVar("T")
 
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 NAMED = Path("/run/netns")  # where `ip netns add NAME` puts them
+HERE = "/proc/thread-self/ns/net"
+PATIENCE = 30.0  # seconds for others to finish what they do; anybody may hold the lock
 
 
 def open_namespace(name: str) -> int:
@@ -54,3 +59,22 @@ def inside(namespace: int | None, call: Callable[[], T]) -> T:
     if failure:
         raise failure[0]
     return result[0]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One kvmpy at a time in the calling thread's namespace, so that none removes what another builds upon."""
+    fd = os.open(HERE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)

@@ -17,7 +17,8 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from kvmpy.errors import NetworkError
 from kvmpy.net import links, nat
 from kvmpy.net.backend import OFFLOADS, Closing
-from kvmpy.net.namespace import inside, open_namespace
+from kvmpy.net.guard import Guard
+from kvmpy.net.namespace import alone, inside, open_namespace
 from kvmpy.net.tapfd import TUN, TapFd
 
 log = logging.getLogger("kvmpy.net")
@@ -38,7 +39,7 @@ class Tap(Closing):
     until a driver uses them.
 
     Everything is removed at `close`, and after a crash: the tap goes with the process, a bridge and a table of nftables
-    whose maker is gone are removed by the next Tap in that namespace. Raises NetworkError, ValueError.
+    are removed by a guard (`kvmpy.net.guard`), or by the next Tap in that namespace. Raises NetworkError, ValueError.
     """
 
     vnet_header = True
@@ -69,6 +70,7 @@ class Tap(Closing):
         self.namespace = namespace
         self._place = None if namespace is None else open_namespace(namespace)
         self._undo = contextlib.ExitStack()
+        self._guard: Guard | None = None
         try:
             inside(self._place, lambda: self._make(name, bridge, mtu, masquerade, queues))
         except BaseException:
@@ -76,7 +78,13 @@ class Tap(Closing):
             raise
 
     def _make(self, name: str, bridge: str | None, mtu: int | None, masquerade: bool, queues: int) -> None:
-        reclaim()
+        if bridge or masquerade:
+            self._guard = Guard()
+        with alone():
+            _reclaim()
+            self._configure(name, bridge, mtu, masquerade, queues)
+
+    def _configure(self, name: str, bridge: str | None, mtu: int | None, masquerade: bool, queues: int) -> None:
         self.queues = _open(name, queues)
         for tap in self.queues:
             self._undo.callback(tap.close)
@@ -105,9 +113,16 @@ class Tap(Closing):
         """Remove the interface and what was made for it; again is no error. Raises NetworkError when that fails."""
         undo, place = self._undo.pop_all(), self._place
         self._place, self.fd = None, -1
+
+        def take_back() -> None:
+            with alone():
+                undo.close()
+
         try:
-            inside(place, undo.close)
+            inside(place, take_back)
         finally:
+            if self._guard is not None:
+                self._guard.close()
             if place is not None:
                 os.close(place)
 
@@ -117,6 +132,11 @@ class Tap(Closing):
 
 def reclaim() -> list[str]:
     """Remove what kvmpys that were killed have left in this namespace: bridges and tables of nftables; their names."""
+    with alone():
+        return _reclaim()
+
+
+def _reclaim() -> list[str]:
     removed = links.reclaim()
     if shutil.which("nft") is not None and os.geteuid() == 0:
         removed += nat.reclaim()

@@ -149,7 +149,7 @@ class Balloon(VirtioDevice):
             self._discard(start, max(0, end - start))
 
     def _discard(self, gpa: int, size: int) -> None:
-        """Give guest pages back to the host, where they are RAM that has them and no ring lies in them."""
+        """Give guest pages back to the host, where they are RAM; a ring in one is lost, which harms the guest alone."""
         while size > 0:
             region = self._memory.region_at(gpa)
             count = PAGE if region is None else min(size, region.end - gpa)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import resource
 import shutil
 import signal
@@ -27,6 +28,7 @@ from kvmpy.block.qcow2 import Header, check
 from kvmpy.errors import ImageError
 
 SIZE = 16 << 20
+SPAN = 4 << 30
 
 
 @pytest.fixture
@@ -99,6 +101,56 @@ def test_full_file_system_gives_errors_and_a_sound_image(
     assert not result.corruptions and not result.check_errors, result
     with open_disk(path, format, readonly=True) as disk:
         assert disk.pread(0, SIZE) == drive.expected
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("qcow2", {}),
+        ("qcow2", {"cluster_size": 512}),
+        ("qcow2", {"cluster_size": 4096}),
+        ("qcow2", {"lazy_refcounts": True}),
+        ("qcow2", {"extended_l2": True}),
+        ("vdi", {}),
+        ("vmdk", {}),
+    ],
+    ids=str,
+)
+def test_what_a_full_file_system_took_can_be_flushed(
+    qemu: Qemu, small_disk: Path, tmp_path: Path, format: str, options: dict[str, object]
+) -> None:
+    """The tables' room is taken when they are made: a flush needs none, and the disk goes on."""
+    path, after = small_disk / "disk.image", tmp_path / "after.image"
+    create_disk(path, format, SPAN, **options)
+    rnd = random.Random(9)
+    kept: dict[int, bytes] = {}
+    with open_disk(path, format) as disk:
+        failed = 0
+        for number in range(600):
+            offset, data = rnd.randrange(SPAN >> 20) << 20, rnd.randbytes(rnd.choice([512, 4096, 30_000]))
+            try:
+                disk.pwrite(offset, data)
+                kept[offset] = data
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                kept.pop(offset, None)
+                failed += 1
+            if number % 50 == 49:
+                disk.flush()
+        assert failed
+        disk.flush()
+        shutil.copyfile(path, after)  # as kill -9 would leave it
+        for offset, data in kept.items():
+            assert disk.pread(offset, len(data)) == data
+    if format == "qcow2":
+        with HostFile.open(after) as file:
+            result = check(file)
+        assert not result.check_errors and (options.get("lazy_refcounts") or not result.corruptions), result
+    else:
+        qemu.img("check", "-q", "-f", format, path)
+    with open_disk(after, format) as disk:
+        for offset, data in kept.items():
+            assert disk.pread(offset, len(data)) == data
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2", "vdi", "vmdk"])

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import struct
+import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -271,11 +273,33 @@ def vmdk_sample(path: Path) -> None:
         disk.pwrite(1 << 20, b"x" * 100_000)
 
 
+def vmdk_descriptor_sample(path: Path) -> None:
+    """Text that names its parts."""
+    vmdk_sample(path.parent / "part")
+    (path.parent / "flat").write_bytes(b"f" * (1 << 20))
+    path.write_text(
+        '# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="twoGbMaxExtentSparse"\n\n'
+        '# Extent description\nRW 8192 SPARSE "part"\nRW 2000 FLAT "flat" 16\nRW 128 ZERO\n\n'
+        '# The Disk Data Base\n#DDB\nddb.adapterType = "ide"\n'
+    )
+
+
+def vmdk_stream_sample(path: Path) -> None:
+    """Compressed grains behind markers, as qemu-img writes them."""
+    if shutil.which("qemu-img") is None:
+        pytest.skip("qemu-img is not installed (Debian package qemu-utils)")
+    vmdk_sample(path.parent / "part")
+    words = ["qemu-img", "convert", "-f", "vmdk", "-O", "vmdk", "-o", "subformat=streamOptimized"]
+    subprocess.run([*words, path.parent / "part", path], check=True)
+
+
 SAMPLES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "qcow2": ("qcow2", qcow2_sample),
     "extended L2": ("qcow2", extended_sample),
     "vdi": ("vdi", vdi_sample),
     "vmdk": ("vmdk", vmdk_sample),
+    "vmdk descriptor": ("vmdk", vmdk_descriptor_sample),
+    "vmdk stream": ("vmdk", vmdk_stream_sample),
 }
 ROUNDS = int(os.environ.get("KVMPY_FUZZ_ROUNDS", "60"))
 

@@ -67,6 +67,35 @@ def test_info_says_what_qemu_img_says(qemu: Qemu, image: Path, capsys: pytest.Ca
     assert [one["format"] for one in chain] == ["qcow2", "raw"]
 
 
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("raw", ""),
+        ("vdi", ""),
+        ("vdi", "static=on"),
+        ("vmdk", ""),
+        ("vmdk", "subformat=streamOptimized"),
+        ("vmdk", "subformat=monolithicFlat"),
+        ("vmdk", "subformat=twoGbMaxExtentFlat"),
+        ("vmdk", "subformat=twoGbMaxExtentSparse"),
+        ("qcow2", "compat=0.10"),
+        ("qcow2", "data_file=ext.data"),
+    ],
+)
+def test_info_of_every_format(
+    qemu: Qemu, image: Path, capsys: pytest.CaptureFixture[str], format: str, options: str
+) -> None:
+    qemu.img("convert", "-f", "qcow2", "-O", format, *(["-o", options] if options else []), image, "one.image")
+    theirs = json.loads(qemu.img("info", "--output=json", "-f", format, "one.image"))
+    ours = json.loads(answer(capsys, "info", "--output=json", "-f", format, "--follow", ".", "one.image"))
+    assert ours == theirs
+    theirs_text = qemu.img("info", "-f", format, "one.image").splitlines()
+    ours_text = answer(capsys, "info", "-f", format, "--follow", ".", "one.image").splitlines()
+    assert {one.strip() for one in ours_text if "disk size" not in one} == {
+        one.strip() for one in theirs_text if "disk size" not in one
+    }
+
+
 @pytest.mark.parametrize("options", ["", "-c", "extended_l2=on"])
 def test_map_says_what_qemu_img_says(qemu: Qemu, image: Path, capsys: pytest.CaptureFixture[str], options: str) -> None:
     if options:
@@ -106,6 +135,9 @@ def test_create_convert_check_resize(qemu: Qemu, image: Path, capsys: pytest.Cap
     about = json.loads(qemu.img("info", "--output=json", "new.qcow2"))
     assert (about["virtual-size"], about["cluster-size"]) == (1_610_612_736, 4096)
     assert about["format-specific"]["data"]["lazy-refcounts"] and about["format-specific"]["data"]["refcount-bits"] == 8
+    command("create", "-q", "-f", "raw", "-o", "size=3M", "sized.raw")
+    command("create", "-q", "-f", "raw", "-o", "size=3M", "both.raw", "5M")
+    assert (Path("sized.raw").stat().st_size, Path("both.raw").stat().st_size) == (3 << 20, 5 << 20)
     command("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "over.qcow2")
     assert json.loads(qemu.img("info", "--output=json", "over.qcow2"))["virtual-size"] == SIZE
     for format in ("raw", "qcow2", "vdi", "vmdk"):

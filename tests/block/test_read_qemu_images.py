@@ -222,6 +222,31 @@ def test_vmdk_foreign_extents_are_refused_by_name(tmp_path: Path, kind: str, nam
         open_disk(path, "vmdk", readonly=True, follow=Follow(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ("", "no extents"),
+        ("RW -5 ZERO", "makes no sense"),
+        ('RW 1 ZERO\nRW 1 FLAT "flat" -1', "makes no sense"),
+        ('RW 1 FLAT "flat" 0x10', "makes no sense"),
+        (f"RW {'9' * 30} ZERO", "makes no sense"),
+        ("NOACCESS 1 ZERO\nRW 1 ZERO", "makes no sense"),
+        ('RW 1 FLAT "flat\0x" 0', "makes no sense"),
+        (f"RW {1 << 53} ZERO", "too large"),
+        (f"RW {1 << 52} ZERO\n" * 8, "too large"),
+        ("RW 1 ZERO\n" * 5000, "5000 extents"),
+        ('RW 1 SPARSE "x.vmdk"', "not a sparse"),
+    ],
+)
+def test_vmdk_extents_that_cannot_be(tmp_path: Path, lines: str, why: str) -> None:
+    """A line that is left out would make a smaller disk, with its data at the wrong places."""
+    (tmp_path / "flat").write_bytes(bytes(1024))
+    path = tmp_path / "x.vmdk"
+    path.write_text(f'# Disk DescriptorFile\nparentCID=ffffffff\ncreateType="monolithicFlat"\n{lines}\n')
+    with pytest.raises(ImageError, match=why):
+        open_disk(path, "vmdk", readonly=True, follow=Follow(tmp_path))
+
+
 def test_vmdk_of_several_extents(qemu: Qemu) -> None:
     """Extents end at 2 GiB: reads cross the border."""
     for subformat in ("twoGbMaxExtentSparse", "twoGbMaxExtentFlat"):

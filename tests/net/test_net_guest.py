@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock Debian kernels on our networks: DHCP, echo, HTTP both ways, two guests over a switch, QEMU as the peer."""
+"""Debian's kernels on our networks: DHCP, echo, HTTP both ways, iperf, two guests over a switch, QEMU as the peer."""
 
 import contextlib
 import hashlib
 import http.server
+import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -18,36 +20,34 @@ import pytest
 
 from kvmpy import Machine, Nic, guests
 from kvmpy.chardev import Console
-from kvmpy.errors import BackendError, NetworkError
+from kvmpy.errors import NetworkError
+from kvmpy.guests import initramfs
 from kvmpy.guests.init import parameters
 from kvmpy.net import StreamSocket, Switch, Tap, UserNet
 
 pytestmark = pytest.mark.guest
 
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_net")
+ENGINES = pytest.mark.parametrize("backend", ["tcg", pytest.param("kvm", marks=pytest.mark.slow)], indirect=True)
+BOTH = pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.slow)])
 
 
 @pytest.fixture
-def linux():
-    """Makes a machine with Debian's kernel on the software CPU: a KVM that emulates ring 0 may lack instructions."""
-    from kvmpy import Vm
-
-    try:
-        Vm("tcg").close()
-    except BackendError as error:
-        pytest.skip(str(error))
+def linux(request):
+    """Makes a machine with Debian's kernel, on the software CPU unless the test is about engines."""
+    backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else "tcg"
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
     with contextlib.ExitStack() as stack:
 
-        def make(run, nets, transport="pci", cpus=1):
+        def make(run, nets, transport="pci", cpus=1, more=b""):
             machine = Machine(
                 kernel=guest.kernel,
-                initrd=guest.initrd_modules,
+                initrd=io.BytesIO(guest.initrd_modules.read_bytes() + more),
                 memory="256M",
                 cpus=cpus,
-                backend="tcg",
+                backend=backend,
                 transport=transport,
                 nets=nets,
                 console=Console(),
@@ -111,8 +111,9 @@ def ended(machine):
     return text
 
 
-@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.slow)])
-def test_user_mode_network(linux, transport):
+@ENGINES
+@BOTH
+def test_user_mode_network(linux, backend, transport):
     with (
         web_server() as port,
         UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{port}"], host_forwards=["tcp::0-:8080"]) as net,
@@ -134,8 +135,9 @@ def test_user_mode_network(linux, transport):
         assert 'kvmpy_network_tcp_opened_total{device="net0"}' in stats.prometheus()
 
 
-@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.slow)])
-def test_two_processors_use_two_queues_of_a_tap(linux, namespace, transport):
+@ENGINES
+@BOTH
+def test_two_processors_use_two_queues_of_a_tap(linux, backend, namespace, transport):
     words = f"tap:guest0,netns={namespace.name},address=192.168.77.1/24,queues=2"
     run = (
         "ls -d /sys/class/net/eth0/queues/*\n"
@@ -158,7 +160,9 @@ def test_two_processors_use_two_queues_of_a_tap(linux, namespace, transport):
     assert "guest0" not in namespace.run("ip", "link")
 
 
-def test_tap_in_a_namespace(linux, namespace, tmp_path):
+@ENGINES
+@BOTH
+def test_tap_in_a_namespace(linux, backend, transport, namespace, tmp_path):
     try:
         tap = Tap("guest0", namespace=namespace.name, addresses="192.168.77.1/24")
     except NetworkError as error:
@@ -169,7 +173,7 @@ def test_tap_in_a_namespace(linux, namespace, tmp_path):
         "ping -c 2 192.168.77.1 && httpd -p 80 -h /www && read answer\n"
         "wget -q -O - http://192.168.77.1:8000/file | md5sum"
     )
-    machine = linux(run, [tap])
+    machine = linux(run, [tap], transport)
     machine.start()
     (tmp_path / "file").write_bytes(Files.content)
     words = ("8000", "--bind", "192.168.77.1", "--directory", str(tmp_path))
@@ -193,7 +197,9 @@ def test_tap_in_a_namespace(linux, namespace, tmp_path):
         server.communicate()
 
 
-def test_two_guests_over_the_switch(linux):
+@ENGINES
+@BOTH
+def test_two_guests_over_the_switch(linux, backend, transport):
     with Switch() as switch:
         send = (
             "ip addr add 10.5.0.1/24 dev eth0; ip link set eth0 up; mkdir /www\n"
@@ -205,7 +211,7 @@ def test_two_guests_over_the_switch(linux):
             "until wget -q -O /file http://10.5.0.1:8000/file; do sleep 0.2; done\n"
             "md5sum < /file; read answer"
         )
-        machines = [linux(run, [Nic(switch.port(mac=mac), mac=mac)]) for run, mac in
+        machines = [linux(run, [Nic(switch.port(mac=mac), mac=mac)], transport) for run, mac in
                     ((send, "52:54:00:00:00:01"), (take, "52:54:00:00:00:02"))]  # fmt: skip
         for machine in machines:
             machine.start()
@@ -216,6 +222,63 @@ def test_two_guests_over_the_switch(linux):
         second = ended(machines[1])
         digests = [re.search(r"^([0-9a-f]{32})  -", text, re.M)[1] for text in (first, second)]
         assert digests[0] == digests[1] and "2 packets received" in first
+
+
+@pytest.fixture(scope="module")
+def iperf():
+    """An archive with the host's iperf3 and its libraries, to put behind an initramfs."""
+    program = shutil.which("iperf3")
+    if program is None:
+        pytest.skip("no iperf3: install the package iperf3")
+    needs = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    entries = {"usr/bin/iperf3": initramfs.File(Path(program).read_bytes(), 0o755)}
+    for name in re.findall(r"(/\S+) \(0x", needs):
+        entries[name.lstrip("/")] = initramfs.File(Path(name).read_bytes(), 0o755)
+    return initramfs.build(entries)
+
+
+def iperf_client(address, host, port):
+    run = f"iperf3 -c {host} -p {port} -t 2 -f m"
+    return (
+        f"ip addr add {address} dev eth0; ip link set eth0 up; until ping -c 1 {host} > /dev/null; do sleep 0.2; done\n"
+        f"{run} > /log && grep receiver /log; sleep 1; {run} -R > /log && grep receiver /log || cat /log"
+    )
+
+
+def check_rates(machine):
+    """Both directions moved data: how fast is for the benchmarks to say."""
+    machine.start()
+    text = ended(machine)
+    assert [float(rate) > 1 for rate in re.findall(r"([\d.]+) Mbits/sec +receiver", text)] == [True, True], text[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_iperf_over_a_tap(linux, transport, namespace, iperf):
+    try:
+        tap = Tap("guest0", namespace=namespace.name, addresses="192.168.77.1/24")
+    except NetworkError as error:
+        pytest.skip(str(error))
+    server = namespace.start("iperf3", "-s", stdout=subprocess.DEVNULL)
+    try:
+        check_rates(linux(iperf_client("192.168.77.2/24", "192.168.77.1", 5201), [tap], transport, more=iperf))
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_iperf_over_user_mode(linux, transport, iperf):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(["iperf3", "-s", "-B", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL)
+    try:
+        net = UserNet(guest_forwards=[f"tcp::5201-127.0.0.1:{port}"])
+        check_rates(linux(iperf_client("10.0.2.15/24", "10.0.2.2", 5201), [net], transport, more=iperf))
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.mark.slow

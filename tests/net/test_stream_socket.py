@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Framed streams: the format, and those who speak it."""
 
+import hashlib
 import os
 import random
 import select
@@ -11,7 +12,7 @@ import subprocess
 import time
 
 import pytest
-from net_rig import guest_on
+from net_rig import UDHCPC, guest_on
 
 from kvmpy.errors import NetworkError
 from kvmpy.net import StreamSocket
@@ -150,6 +151,49 @@ def test_passt_leads_to_the_host(namespace):
                 raise
             with server.accept()[0] as peer:
                 assert peer.recv(100) == b"through passt"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_gvproxy_leads_to_the_host(namespace, tmp_path):
+    """`-listen-qemu` speaks the format; 192.168.127.254 is the host's loopback behind it. Lease, question and TCP."""
+    gvproxy = os.environ.get("KVMPY_GVPROXY") or shutil.which("gvproxy")
+    if gvproxy is None:
+        pytest.skip("no gvproxy: Debian has none; name one with KVMPY_GVPROXY")
+    path = tmp_path / "wire"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]  # it always forwards one to the guest
+    process = subprocess.Popen(
+        [gvproxy, "-listen-qemu", f"unix://{path}", "-ssh-port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            guest_on(StreamSocket(path, reconnect=0.1), namespace, "eth0"),
+        ):
+            server.settimeout(20)
+            script = tmp_path / "udhcpc"
+            script.write_text(UDHCPC)
+            script.chmod(0o755)
+            lease = namespace.run("busybox", "udhcpc", "-f", "-q", "-n", "-t", "20", "-i", "eth0", "-s", str(script))
+            assert "lease 192.168.127." in lease and "router 192.168.127.1" in lease, lease
+            asked = namespace.run("busybox", "nslookup", "gateway.containers.internal", "192.168.127.1", check=False)
+            assert "192.168.127.1" in asked.partition("Name:")[2], asked
+            data = random.Random(8).randbytes(2_000_000)
+            where = ("192.168.127.254", server.getsockname()[1])
+            code = (
+                f"import hashlib, socket; s = socket.create_connection({where}, 20); got = b''\n"
+                f"while len(got) < {len(data)}: got += s.recv(1 << 20)\n"
+                "s.sendall(hashlib.md5(got).hexdigest().encode())"
+            )
+            guest = namespace.start("python3", "-c", code)
+            with server.accept()[0] as peer:
+                peer.settimeout(20)
+                peer.sendall(data)
+                assert peer.recv(100) == hashlib.md5(data).hexdigest().encode()
+            assert guest.wait(20) == 0
     finally:
         process.kill()
         process.communicate()

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,26 +151,80 @@ import sys, time
 from kvmpy.net import Tap
 place = dict(namespace=sys.argv[1], bridge="kvmpybr", addresses="192.168.77.1/24")
 tap = Tap("guest0", **place, masquerade=sys.argv[2] == "yes")
-print("ready", flush=True)
+print(tap._guard._shell.pid, flush=True)
 time.sleep(60)
 """
+FORWARDING = ("cat", "/proc/sys/net/ipv4/ip_forward")
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tap, namespace):
+@pytest.fixture
+def victim(tap, namespace):
+    """Starts a process that has a tap in a bridge of its own, masqueraded where nft is; (process, pid of its guard)."""
     tap().close()  # skips where taps cannot be made
-    masquerade = "yes" if shutil.which("nft") else "no"
-    process = subprocess.Popen([sys.executable, "-c", VICTIM, namespace.name, masquerade], stdout=-1, text=True)
-    assert process.stdout.readline() == "ready\n"
+
+    def start():
+        masquerade = "yes" if shutil.which("nft") else "no"
+        words = [sys.executable, "-c", VICTIM, namespace.name, masquerade]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        guard = int(process.stdout.readline())
+        assert {"guest0", "kvmpybr"} <= set(links(namespace))
+        assert ("kvmpy_" in tables(namespace)) == (masquerade == "yes")
+        return process, guard
+
+    return start
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def test_what_a_killed_process_left_is_removed_by_its_guard(victim, namespace):
+    process, guard = victim()
+    kill(process)
+    assert "guest0" not in links(namespace), "a tap goes with its process"
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{guard}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert set(links(namespace)) == {"lo"} and "kvmpy_" not in tables(namespace)
+    assert namespace.run(*FORWARDING).strip() == "0"
+
+
+def test_what_a_killed_process_and_its_guard_left_is_removed_by_the_next(tap, victim, namespace):
+    process, guard = victim()
     with tap("guest1"):  # the other one lives: nothing of it is touched
         assert {"guest0", "kvmpybr"} <= set(links(namespace))
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=10)
-    assert "guest0" not in links(namespace), "a tap goes with its process"
+    os.kill(guard, signal.SIGKILL)
+    kill(process)
     assert "kvmpybr" in links(namespace)
-    assert ("kvmpy_" in tables(namespace)) == (masquerade == "yes")
+    assert ("kvmpy_" in tables(namespace)) == (shutil.which("nft") is not None)
     tap().close()
     assert set(links(namespace)) == {"lo"} and "kvmpy_" not in tables(namespace)
-    assert namespace.run("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "0"
+    assert namespace.run(*FORWARDING).strip() == "0"
+
+
+@needs_nft
+def test_the_guard_of_a_killed_process_harms_nobody_who_comes_meanwhile(tap, victim, namespace):
+    for pause in (0, 0.05, 0.2):
+        process, guard = victim()
+        kill(process)
+        time.sleep(pause)
+        with tap("guest0", bridge="kvmpybr", addresses="192.168.77.1/24", masquerade=True):
+            deadline = time.monotonic() + 60
+            while Path(f"/proc/{guard}").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert {"guest0", "kvmpybr"} <= set(links(namespace))
+            assert "kvmpy_" in tables(namespace) and namespace.run(*FORWARDING).strip() == "1"
+        assert set(links(namespace)) == {"lo"} and namespace.run(*FORWARDING).strip() == "0"
+
+
+def test_a_guard_goes_with_its_tap(tap):
+    with tap("guest0", bridge="kvmpybr") as made:
+        guard = made._guard._shell.pid
+        assert Path(f"/proc/{guard}").exists()
+    assert not Path(f"/proc/{guard}").exists()
+    with tap() as plain:
+        assert plain._guard is None
 
 
 def test_owners():

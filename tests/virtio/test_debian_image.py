@@ -30,7 +30,7 @@ def image(tmp_path_factory):
 
 
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
-def test_systemd_starts_it_to_a_login_prompt(image, transport, tmp_path):
+def test_systemd_starts_it_to_a_login_prompt(image, transport, backend, tmp_path):
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
@@ -40,7 +40,7 @@ def test_systemd_starts_it_to_a_login_prompt(image, transport, tmp_path):
         kernel=guest.kernel,
         initrd=guest.initrd_modules,
         memory="1G",
-        backend="tcg",
+        backend=backend,
         decompress=True,
         cmdline=f"{guest.cmdline} root=/dev/vda quiet",
         disks=[f"{disk},format=qcow2"],

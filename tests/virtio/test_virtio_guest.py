@@ -3,6 +3,7 @@
 
 import io
 import os
+import random
 import re
 import shutil
 import socket
@@ -17,6 +18,8 @@ import pytest
 
 from kvmpy import Drive, Machine, guests
 from kvmpy.block import create_disk, open_disk
+from kvmpy.block.hostfile import HostFile
+from kvmpy.block.qcow2 import check
 from kvmpy.chardev import Console
 from kvmpy.cli import main
 from kvmpy.guests.init import parameters
@@ -24,6 +27,7 @@ from kvmpy.net import PacketSocket
 from kvmpy.virtio import Balloon, Port
 
 pytestmark = pytest.mark.guest
+ENGINES = pytest.mark.parametrize("backend", ["tcg", pytest.param("kvm", marks=pytest.mark.slow)], indirect=True)
 
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console")
 TRIAL = """cat /sys/block/vda/serial; echo; mkfs.ext4 -q /dev/vda && mkdir /m && mount /dev/vda /m
@@ -48,22 +52,9 @@ def answer_arp(sock: socket.socket) -> None:
             sock.send(frame[6:12] + mac + b"\x08\x06" + reply)
 
 
-@pytest.fixture
-def backend_for_linux(request):
-    """The software CPU: a KVM that emulates ring 0 may lack instructions that Debian's kernels use."""
-    from kvmpy import Vm
-    from kvmpy.errors import BackendError
-
-    try:
-        Vm("tcg").close()
-    except BackendError as error:
-        pytest.skip(str(error))
-    return "tcg"
-
-
 @pytest.mark.parametrize("name", ["debian-6.1", pytest.param("debian-6.12", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
-def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
+def test_linux_uses_every_device(name, transport, backend, tmp_path):
     guest = guests.find(name)
     if guest is None:
         pytest.skip(f"{name} is not in the cache: kvmpy guest get {name}")
@@ -72,7 +63,7 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
         pytest.skip("e2fsprogs is not in the cache: kvmpy guest get e2fsprogs")
     create_disk(tmp_path / "disk", "qcow2", 32 << 20)
     console, hvc, port = Console(), Console(), Console()
-    backend, peer = PacketSocket.pair()
+    wire, peer = PacketSocket.pair()
     host = threading.Thread(target=answer_arp, args=(peer,), daemon=True)
     host.start()
     with open_disk(tmp_path / "disk", "qcow2") as disk:
@@ -80,12 +71,12 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
             kernel=guest.kernel,
             initrd=io.BytesIO(guest.initrd_modules.read_bytes() + tools.initrd.read_bytes()),
             memory="256M",
-            backend=backend_for_linux,
+            backend=backend,
             decompress=True,
             console=console,
             cmdline="console=ttyS0 nokaslr quiet " + parameters(TRIAL, modules=MODULES),
             disks=[Drive(disk, serial="kvmpy-disk")],
-            nets=[backend],
+            nets=[wire],
             hvc=[Port(hvc, console=True), Port(port, "agent")],
             rng=True,
             balloon=True,
@@ -111,16 +102,17 @@ def test_linux_uses_every_device(name, transport, backend_for_linux, tmp_path):
         assert subprocess.run(["md5sum"], input=data, capture_output=True, check=True).stdout.decode()[:32] == digest
 
 
-def test_the_example_with_disks(backend_for_linux):
+@ENGINES
+def test_the_example_with_disks(backend):
     if guests.find("debian-6.1") is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
     example = Path(__file__).resolve().parents[2] / "examples/linux_disk.py"
     done = subprocess.run(
-        [sys.executable, example, "pci"], env=os.environ | {"KVMPY_BACKEND": "tcg"},
+        [sys.executable, example, "pci"], env=os.environ | {"KVMPY_BACKEND": backend},
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     for promise in (
-        "tcg engine, virtio-pci",
+        f"{backend} engine, virtio-pci",
         "this disk is example, 131072 sectors",
         "read-only: hello, guest",
         "Operation not permitted",
@@ -130,7 +122,8 @@ def test_the_example_with_disks(backend_for_linux):
 
 
 @pytest.mark.slow
-def test_each_processor_has_its_queue_and_vector(backend_for_linux, tmp_path):
+@ENGINES
+def test_each_processor_has_its_queue_and_vector(backend, tmp_path):
     guest = guests.find("debian-6.12")
     if guest is None:
         pytest.skip("debian-6.12 is not in the cache: kvmpy guest get debian-6.12")
@@ -144,7 +137,7 @@ grep 'virtio0-req' /proc/interrupts"""
         initrd=guest.initrd_modules,
         memory="256M",
         cpus=2,
-        backend=backend_for_linux,
+        backend=backend,
         decompress=True,
         cmdline="console=ttyS0 quiet " + parameters(trial),
         disks=[f"{tmp_path}/disk,format=raw,queues=2"],
@@ -158,7 +151,9 @@ grep 'virtio0-req' /proc/interrupts"""
 
 
 @pytest.mark.slow
-def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(backend_for_linux):
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+@ENGINES
+def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(transport, backend):
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
@@ -169,10 +164,11 @@ dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
         kernel=guest.kernel,
         initrd=guest.initrd_modules,
         memory="256M",
-        backend=backend_for_linux,
+        backend=backend,
         console=console,
         balloon=True,
-        cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_balloon")),
+        transport=transport,
+        cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_pci", "virtio_balloon")),
     ) as machine:
         (balloon,) = (one for one in machine.virtio.devices if isinstance(one, Balloon))
         console.expect("ready", timeout=120)
@@ -189,6 +185,82 @@ dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
         assert balloon.actual < 160 << 20, "it let some go"
         console.send_line("end")
         assert machine.wait(60).reason == "poweroff"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+@ENGINES
+def test_free_pages_are_reported_and_go_back_to_the_host(transport, backend):
+    guest = guests.find("debian-6.1")
+    if guest is None:
+        pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
+    run = """mkdir /t; mount -t tmpfs -o size=100% none /t
+echo ready; read line; dd if=/dev/zero of=/t/file bs=1M count=128 2> /dev/null; echo filled
+read line; rm /t/file; echo freed; read line
+dd if=/dev/urandom of=/t/file bs=1M count=100 2> /dev/null; md5sum < /t/file; md5sum < /t/file"""
+    console = Console()
+    with Machine(
+        kernel=guest.kernel,
+        initrd=guest.initrd_modules,
+        memory="256M",
+        backend=backend,
+        console=console,
+        balloon=True,
+        transport=transport,
+        cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_pci", "virtio_balloon")),
+    ) as machine:
+        (balloon,) = (one for one in machine.virtio.devices if isinstance(one, Balloon))
+        console.expect("ready", timeout=120)
+        console.send_line("fill")
+        console.expect("filled", timeout=120)
+        before, full = balloon.discarded, resident()
+        console.send_line("free")
+        console.expect("freed", timeout=60)
+        wait_for(lambda: balloon.discarded >= before + (100 << 20))
+        assert resident() < full - (80 << 20), "the host has them again"
+        console.send_line("use them again")
+        assert machine.wait(120).reason == "poweroff"
+    first, second = re.findall("^([0-9a-f]{32})  -", console.transcript, re.M)
+    assert first == second and balloon.refused == 0 and balloon.actual == 0
+
+
+WRITER = """i=1; while true; do yes "n$i" | head -c 65536 > /block
+dd if=/block of=/dev/vda bs=64k seek=$((i*37%16000)) conv=fsync 2> /dev/null; echo flushed $i; i=$((i+1)); done"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_guest_flushed_is_there_after_kill_9(seed, tmp_path):
+    """Of `kvmpy run`, at a random moment of a guest's writes and flushes; test_crash.py does it without a guest."""
+    if guests.find("debian-6.1") is None:
+        pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
+    choice = random.Random(seed)
+    path = tmp_path / "disk"
+    create_disk(path, "qcow2", 1 << 30)
+    words = [sys.executable, "-m", "kvmpy", "run", "debian-6.1", "--disk", f"{path},format=qcow2", "--run", WRITER]
+    environment = os.environ | {"KVMPY_BACKEND": "tcg"}
+    with subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        text, wanted = b"", choice.randrange(5, 60)
+        while text.count(b"\nflushed ") < wanted:
+            part = os.read(process.stdout.fileno(), 65536)
+            assert part, text[-2000:]
+            text += part
+        time.sleep(choice.random() * 0.2)
+        process.kill()
+        text += process.stdout.read()
+    last = int(re.findall(rb"\nflushed (\d+)\r?\n", text)[-1])
+    with HostFile.open(path) as file:
+        result = check(file)
+    assert not result.check_errors and not result.corruptions, result
+    with open_disk(path, "qcow2") as disk:
+        for number in range(1, last + 1):
+            expected = (b"n%d\n" % number * 65536)[:65536]
+            assert disk.pread(number * 37 % 16000 * 65536, 65536) == expected, f"{number} of {last}"
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def wait_for(condition, seconds=60):

@@ -16,6 +16,7 @@ from kvmpy.guests import initramfs
 from kvmpy.guests.init import parameters
 
 pytestmark = pytest.mark.guest
+ENGINES = pytest.mark.parametrize("backend", ["tcg", pytest.param("kvm", marks=pytest.mark.slow)], indirect=True)
 
 COMMANDS = """dd if=/dev/urandom of=/tmp/data bs=4096 count=300 2> /dev/null
 vsock connect 1024 < /tmp/data > /tmp/back; md5sum < /tmp/data; md5sum < /tmp/back
@@ -43,7 +44,9 @@ def mirror(server):
         client.sendall(data)
 
 
-def test_both_ways(program, tmp_path):
+@ENGINES
+@pytest.mark.parametrize("transport", ["mmio", pytest.param("pci", marks=pytest.mark.slow)])
+def test_both_ways(program, transport, backend, tmp_path):
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
@@ -59,11 +62,12 @@ def test_both_ways(program, tmp_path):
             kernel=guest.kernel,
             initrd=tmp_path / "initrd",
             memory="256M",
-            backend="tcg",
+            backend=backend,
             decompress=True,
             console=console,
             cmdline="console=ttyS0 nokaslr quiet "
-            + parameters(COMMANDS, modules=("virtio_mmio", "vmw_vsock_virtio_transport")),
+            + parameters(COMMANDS, modules=("virtio_mmio", "virtio_pci", "vmw_vsock_virtio_transport")),
+            transport=transport,
             vsock=(5, tmp_path / "v"),
         ) as machine:
             console.expect("guest listens", timeout=200)

@@ -98,12 +98,16 @@ def case_03_changes_after_start(r):
 
 
 def case_04_rings_nowhere(r):
-    for place in (0x4_0001, HOLE - 16, HOLE, ROM, ROM + 0xFFF0, TOP, (1 << 64) - 16, 1 << 63):
+    for place in (0x4_0001, HOLE - 16, HOLE, ROM, ROM + 0xFFF0, 0xD000_0000, TOP, (1 << 64) - 16, 1 << 63):
         for ring in ("desc", "avail", "used"):
             r.set_up(**{ring: place})
             if ring == "used" or place != ROM:  # the device only reads the others: they may be in ROM
                 assert r.driver.status & f.NEEDS_RESET, (ring, place)
     r.set_up(desc=HEAP, avail=HEAP, used=HEAP)  # one on the other: in RAM, so allowed
+    first = r.memory.read(0, 4096)
+    r.set_up(desc=0, avail=0, used=0)  # address 0 is RAM like any other
+    r.driver.write(0x70, 0)
+    r.memory.write(0, first)
 
 
 def case_05_status_and_resets(r):

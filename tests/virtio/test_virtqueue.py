@@ -151,6 +151,22 @@ def test_a_bad_chain_stops_the_queue_until_it_is_configured_again(name):
     assert ring.queue.pop().readable == 4
 
 
+def test_more_than_4_gib_in_sum_is_a_fault():
+    memory = guest_memory()
+    memory.add(2 * HIGH, Ram.anonymous(1 << 30))  # never touched
+    for more in (0, 1):
+        ring = Ring(memory)
+        for slot in range(4):
+            ring.desc(slot, 2 * HIGH, 1 << 30, NEXT, slot + 1)
+        ring.desc(3 + more, 2 * HIGH, 1 << (0 if more else 30))
+        ring.avail(0)
+        chain = ring.queue.pop()
+        if more:
+            assert chain is None and "more than 4 GiB" in ring.queue.fault
+        else:
+            assert chain.readable == 1 << 32
+
+
 def test_indirect_must_be_negotiated():
     ring = Ring(indirect=False)
     ring.desc(0, TABLE, 16, INDIRECT)
