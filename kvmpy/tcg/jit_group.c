@@ -196,7 +196,7 @@ void jit_group_end(struct emit *e, const struct decoded *d, uop_fn part)
         *u++ = jit_x87_again(d[e->group_last].uop.off + d[e->group_last].uop.len);
     jit_end_uops(e, u);
     s->resume = run_address(&e->a);
-    s->restore = e->flags & IN_EFLAGS;
+    s->restore = e->flags & (IN_EFLAGS | BUT_CARRY);
     s->reload = e->held;
     e->group = NULL;
 }

@@ -79,7 +79,7 @@ void jit_resume(struct emit *e, const struct decoded *d, struct slow *s)
         return;
     s->uop = jit_copy_uop(e, d, NULL);
     s->resume = run_address(&e->a);
-    s->restore = e->flags & IN_EFLAGS;
+    s->restore = e->flags & (IN_EFLAGS | BUT_CARRY);
     s->reload = e->held;
 }
 

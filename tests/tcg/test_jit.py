@@ -161,6 +161,26 @@ def test_misaligned_vector_in_page_0():
     assert done.stdout == "Shutdown() 0x1013\n"  # #GP without an IDT
 
 
+COUNTED = """
+import kvmpy
+# again: mov rax,[rbx]  dec ecx  mov rdx,[rbx+8]  jnz on  hlt; on: inc rsi  jmp again
+CODE = bytes.fromhex("b9e8030000 bbfc1f0000 31f6 488b03 ffc9 488b5308 7501 f4 48ffc6 ebef")
+with kvmpy.Vm("tcg") as vm:
+    vm.add_ram(0, size=0x20000)
+    vm.memory.write(0x1000, CODE)
+    vcpu = vm.create_vcpu()
+    vcpu.enter_long_mode(0x1000)
+    print(vcpu.run(), vcpu.regs.rsi)
+"""
+
+
+def test_flags_behind_accesses_that_share_a_probe():
+    """The two loads lie in two pages, so the interpreter does them, with the DEC between them."""
+    done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, timeout=60,
+                          env=os.environ | EAGER, check=True)  # fmt: skip
+    assert done.stdout == "Hlt() 999\n"
+
+
 def test_code_has_names_for_perf():
     """KVMPY_JIT=perf: START SIZE name, hexadecimal, as tools/perf/Documentation/jit-interface.txt has it."""
     env = os.environ | {"KVMPY_TCG": "jit", "KVMPY_JIT": "perf"}
