@@ -99,6 +99,23 @@ struct outcome {
     uint8_t data[DATA_SIZE], ram[RAM];
 };
 
+/* INC or DEC of a register other than `base`, and perhaps a short branch over LEA R8, [R8+1]. */
+static unsigned count(uint8_t *p, unsigned base)
+{
+    unsigned reg = pick(8), size = 0;
+    if (reg == base || reg == RSP)
+        reg = RSI;
+    const uint8_t counts[] = {0x48, 0xff, (uint8_t)((pick(2) ? 0xc0 : 0xc8) | reg)};
+    memcpy(p, counts, sizeof counts);
+    size += sizeof counts;
+    if (pick(2)) {
+        const uint8_t over[] = {(uint8_t)(0x70 | pick(16)), 4, 0x4d, 0x8d, 0x40, 0x01};
+        memcpy(p + size, over, sizeof over);
+        size += sizeof over;
+    }
+    return size;
+}
+
 /* Mostly all masked and nothing pending, as programs have it. */
 static void random_fpu(struct x87 *f)
 {
@@ -301,7 +318,7 @@ int main(int argc, char **argv)
         s.mxcsr = (uint32_t)(rnd() & 0xe07f) | (pick(8) ? 0x1f80 : (uint32_t)rnd() & 0x1f80);
         for (int i = 0; i < 16; i++)
             fill(s.v[i].b, 32);
-        unsigned size = 0, count = 1 + rnd() % 12;
+        unsigned size = 0, insns = 1 + rnd() % 12;
         for (int i = 0; i < 16; i++)
             s.gpr[i] = rnd() & 3 ? DATA + 0x800 + (rnd() & 0x3f0) : interesting();
         static const uint8_t bases[] = {RSP, RSP, RBX, RBP, RDI};
@@ -322,9 +339,11 @@ int main(int argc, char **argv)
         }
         s.data[COUNTER - DATA] = 3;
         memset(s.data + (COUNTER - DATA) + 1, 0, 7);
-        for (unsigned i = 0; i < count; i++) {
+        for (unsigned i = 0; i < insns; i++) {
             if (tight && rnd() & 3) {
                 size += near_access(code + size, base);
+                if (!pick(3))
+                    size += count(code + size, base);
                 continue;
             }
             const struct record *r = &list[rnd() % n];
