@@ -190,21 +190,22 @@ static void proving(struct cpu *c, uint64_t lin)
 static void save_flags_before(const struct jit *j, struct jit_link *l, bool yes)
 {
     static const uint8_t nop[5] = {0x0f, 0x1f, 0x44, 0x00, 0x00};
-    if (!l->save_site)
+    if (!l->save.site)
         return;
-    memcpy(l->save_site, nop, sizeof nop);
+    uint8_t *insn = j->write + l->save.site - 1;
+    memcpy(insn, nop, sizeof nop);
     if (!yes)
         return;
-    l->save_site[0] = 0xe9;
-    set_target(l->save_site + 1, j->run - j->write, l->save_stub);
+    insn[0] = 0xe9;
+    jit_lead_to_stub(j, l->save);
 }
 
 static void unlink_from(struct jit *j, struct jit_link *l)
 {
-    if (l->near_site)
-        set_target(l->near_site, j->run - j->write, l->near_stub);
-    if (l->far_site)
-        set_target(l->far_site, j->run - j->write, l->far_stub);
+    if (l->near.site)
+        jit_lead_to_stub(j, l->near);
+    if (l->far.site)
+        jit_lead_to_stub(j, l->far);
     save_flags_before(j, l, true);
     l->serial = 0;
     l->to = NULL;
@@ -213,9 +214,10 @@ static void unlink_from(struct jit *j, struct jit_link *l)
 static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to, uint64_t rip)
 {
     struct jit *j = c->jit.state;
-    if (j->off & JIT_NO_CHAIN || l->from->block->dead || to->block->dead || l->from->block->mode != to->block->mode)
+    const struct block *from = jit_from(l)->block;
+    if (j->off & JIT_NO_CHAIN || from->dead || to->block->dead || from->mode != to->block->mode)
         return;
-    if (!l->leaves_page && l->from->block->gpa >> 12 != to->block->gpa >> 12)
+    if (!l->leaves_page && from->gpa >> 12 != to->block->gpa >> 12)
         return; /* the page was remapped between leaving and coming back */
     if (l->leaves_page) {
         proving(c, rip);
@@ -233,12 +235,12 @@ static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to
     l->to = to;
     l->next = to->incoming;
     to->incoming = l;
-    if (l->near_site && (l->saved || !to->flags_in))
-        set_target(l->near_site, j->run - j->write, to->entry);
-    else if (l->near_site)
-        set_target(l->near_site, j->run - j->write, l->near_stub);
-    if (l->far_site)
-        set_target(l->far_site, j->run - j->write, to->entry);
+    if (l->near.site && (l->saved || !to->flags_in))
+        jit_lead(j, l->near, to->entry);
+    else if (l->near.site)
+        jit_lead_to_stub(j, l->near);
+    if (l->far.site)
+        jit_lead(j, l->far, to->entry);
     save_flags_before(j, l, to->flags_in);
     c->stat.jit_links++;
 }

@@ -72,30 +72,44 @@ static void exit_by(struct place_of_code *a, struct emit *e, const struct jit_li
     jump_to(a, e->j->exit_link);
 }
 
-/* Where a near jump leads that may not go straight on: the flags are saved. */
-static void near_stub(struct emit *e, struct jit_link *l)
+/* A jump with this displacement; the code for it without a link comes next in `k`. */
+static struct way way(const struct emit *e, const uint8_t *site, struct place_of_code *k)
 {
+    struct way w = {(uint32_t)(site - e->j->write), (uint32_t)(run_address(k) - e->j->run)};
+    jit_lead_to_stub(e->j, w);
+    return w;
+}
+
+static struct jit_link *begin_link(struct emit *e, unsigned n, int64_t offset)
+{
+    struct jit_link *l = &e->jb->link[n];
+    l->second = n;
+    l->delta = (int32_t)offset;
+    return l;
+}
+
+/* Where a near jump leads that may not go straight on: the flags are saved. */
+static void near_stub(struct emit *e, struct jit_link *l, const uint8_t *site)
+{
+    l->near = way(e, site, &e->k);
     jit_make_cc(&e->k, e, e->flags, &e->recipe);
-    l->far_site = jmp32(&e->k);
-    l->far_stub = run_address(&e->k);
-    set_target(l->far_site, e->a.delta, l->far_stub);
+    site = jmp32(&e->k);
+    l->far = way(e, site, &e->k);
     exit_by(&e->k, e, l);
 }
 
 /* The way along link n to `target` (an offset from the block's start) at the end of `a`; flags are e->flags. */
 static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t target)
 {
-    struct jit_link *l = &e->jb->link[n];
     int64_t offset = target + e->start;
+    struct jit_link *l = begin_link(e, n, offset);
     intptr_t delta = a->delta;
     unsigned flags = e->flags;
-    l->from = e->jb;
-    l->delta = (int32_t)offset;
     l->leaves_page = offset < 0 || offset > 4095;
     bool backward = target <= e->b->bytes, cold = a == &e->k;
     if (l->leaves_page || backward) {
         struct place_of_code *k = cold ? a : &e->k;
-        uint8_t *asked = NULL, *unproved = NULL, *save = NULL;
+        uint8_t *asked = NULL, *unproved = NULL, *save = NULL, *far;
         if (!(flags & IN_CC) && flags & IN_RECIPE) { /* saved on the way only when `to` may show them */
             save = jmp32(a);
         } else if (!(flags & IN_CC)) {
@@ -114,12 +128,12 @@ static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t targ
             alu_imm(a, true, 0, FIELD(e, jit.page), (int32_t)(offset & ~0xfffll));
         }
         if (backward && !l->leaves_page) { /* a loop: one jump a turn */
-            l->far_site = jcc32(a, COND_Z);
+            far = jcc32(a, COND_Z);
             asked = jmp32(a);
         } else {
-            l->far_site = jmp32(a);
+            far = jmp32(a);
         }
-        l->far_stub = run_address(k);
+        l->far = way(e, far, k);
         if (l->leaves_page) /* unlinked: the page is not yet changed in the exits above */
             alu_imm(k, true, 0, FIELD(e, jit.page), -(int32_t)(offset & ~0xfffll));
         if (asked)
@@ -133,20 +147,14 @@ static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t targ
             jump_to(k, e->j->prove);
         }
         if (save) {
-            l->save_site = save - 1;
-            l->save_stub = run_address(k);
-            set_target(save, delta, l->save_stub);
+            l->save = way(e, save, k);
             jit_make_cc(k, e, flags, &e->recipe);
             jump_to(k, saved);
         }
-        set_target(l->far_site, delta, l->far_stub);
         return;
     }
     l->saved = flags & IN_CC;
-    l->near_site = jmp32(a);
-    l->near_stub = run_address(&e->k);
-    set_target(l->near_site, delta, l->near_stub);
-    near_stub(e, l);
+    near_stub(e, l, jmp32(a));
 }
 
 /* A branch on a condition of EFLAGS. */
@@ -165,14 +173,9 @@ static void branch(struct emit *e, unsigned cond, int64_t target, int64_t behind
         return;
     }
     /* a near forward branch: the Jcc itself is the link */
-    struct jit_link *l = &e->jb->link[0];
-    l->from = e->jb;
-    l->delta = (int32_t)(target + e->start);
+    struct jit_link *l = begin_link(e, 0, target + e->start);
     l->saved = e->flags & IN_CC;
-    l->near_site = jcc32(&e->a, cond);
-    l->near_stub = run_address(&e->k);
-    set_target(l->near_site, e->a.delta, l->near_stub);
-    near_stub(e, l);
+    near_stub(e, l, jcc32(&e->a, cond));
     go(e, &e->a, 1, behind);
 }
 

@@ -20,15 +20,17 @@ struct target { uint64_t key; const uint8_t *code; uint64_t page; struct jit_blo
 #define TARGET_FLAGS 1 /* in `page`: the block may show the flags that it gets */
 
 struct jit_block;
+/* A jump, by offsets in the code: where its displacement stands (0: there is none), and where it leads without a link. */
+struct way { uint32_t site, stub; };
 /* One way out of a block. `near`: the jump itself, or a branch to the stub; `far`: the jump at the stub's end. */
 struct jit_link {
     uint64_t serial;         /* of the context of the proof, for links that leave the page; 0: none */
-    struct jit_block *from, *to;
+    struct jit_block *to;
     struct jit_link *next;   /* of those that lead to `to` */
-    uint8_t *near_site, *far_site; /* where displacements stand, to write; NULL: there is none */
-    uint8_t *save_site;      /* a jump to where the flags are saved, or a NOP when `to` overwrites them; NULL: saved in line */
-    const uint8_t *near_stub, *far_stub, *save_stub; /* where they lead without a link */
-    int32_t delta;           /* target - start of the page that `from` is in */
+    struct way near, far;
+    struct way save;         /* to where the flags are saved, or a NOP when `to` overwrites them; none: saved in line */
+    int32_t delta;           /* target - start of the page that the block is in */
+    bool second;             /* link[1] of the block */
     bool leaves_page;
     bool saved;              /* the flags are in c->cc before the near jump already */
 };
@@ -148,6 +150,17 @@ struct emit {
 
 static inline bool homed(unsigned guest) { return guest == R10 || guest == R11 || guest == R15; } /* in struct cpu */
 static inline unsigned host_reg(unsigned guest) { return guest == RSP ? GUEST_SP : guest; }
+
+static inline const struct jit_block *jit_from(const struct jit_link *l)
+{
+    return (const struct jit_block *)((const char *)(l - l->second) - offsetof(struct jit_block, link));
+}
+/* The jump leads to `target` (run address). */
+static inline void jit_lead(const struct jit *j, struct way w, const uint8_t *target)
+{
+    set_target(j->write + w.site, j->run - j->write, target);
+}
+static inline void jit_lead_to_stub(const struct jit *j, struct way w) { jit_lead(j, w, j->run + w.stub); }
 
 void *jit_data(struct jit *j, size_t size); /* NULL: full */
 /* jit_insn.c: one instruction that does not end a block. False: it has no emission. observed: flags that may be seen after it */
