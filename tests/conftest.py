@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -135,3 +136,6 @@ class EngineCount:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(EngineCount(), "engine-count")
+    # A shell starts what runs in its background with SIGINT ignored; tests send it, to us and to what we start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
