@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -134,4 +135,7 @@ class EngineCount:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what it runs in the background with Ctrl-C ignored, and the programs that tests start inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(EngineCount(), "engine-count")
