@@ -48,9 +48,9 @@ def terminal():
     os.close(master)
 
 
-def start(slave, end):
+def start(slave, end, *before):
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD.replace("END", end)],
+        [*before, sys.executable, "-c", CHILD.replace("END", end)],
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True, cwd=ROOT,
     )  # fmt: skip
 
@@ -84,6 +84,19 @@ def test_a_terminal_is_raw_and_restored_when_the_line_closes(terminal):
         assert read_until(master, b"interrupted\r\n")
         assert child.wait(20) == 0
         assert termios.tcgetattr(slave) == before
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_ctrl_a_x_quits_where_ctrl_c_is_ignored(terminal):
+    master, slave = terminal
+    child = start(slave, WAIT_THEN_CLOSE, "sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+    try:
+        read_until(master, b"ready raw=1")
+        os.write(master, b"\x01x")
+        assert read_until(master, b"interrupted\r\n")
+        assert child.wait(20) == 0
     finally:
         child.kill()
         child.wait()
