@@ -26,7 +26,7 @@ def run(backend, *command):
     environment = os.environ | {"KVMPY_BACKEND": backend}
     return subprocess.run(
         [sys.executable, *command],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 

@@ -114,7 +114,7 @@ print("all")
         guest = namespace.start("python3", "-c", code, stdout=-1)
         for _ in range(20):
             host.sendto(b"there", host.recvfrom(10)[1])
-        assert guest.communicate(timeout=20)[0] == "all\n"
+        assert guest.communicate(timeout=60)[0] == "all\n"
 
 
 @needs_nft
@@ -141,7 +141,7 @@ def test_masquerading_leads_out_and_is_removed(tap, namespace, other_namespace):
         process = other_namespace.start("python3", "-c", server, stdout=-1)
         assert process.stdout.readline() == "ready\n"
         assert namespace.run("python3", "-c", code).strip() == "198.51.100.1"
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
     assert namespace.run(*forwarding).strip() == "0" and "kvmpy_" not in tables(namespace)
 
 
@@ -163,7 +163,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tap, namespace):
     with tap("guest1"):  # the other one lives: nothing of it is touched
         assert {"guest0", "kvmpybr"} <= set(links(namespace))
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert "guest0" not in links(namespace), "a tap goes with its process"
     assert "kvmpybr" in links(namespace)
     assert ("kvmpy_" in tables(namespace)) == (masquerade == "yes")
