@@ -19,7 +19,7 @@ from kvmpy.vcpu import modes
 from .fake_engine import FakeEngine
 
 CODE = 0x1000
-HANG = 20  # seconds
+HANG = 60  # seconds
 
 
 @pytest.fixture
