@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `make demo` runs: a micro-VM embedded in this Python program, step by step, saying what it does."""
 
+import re
 import time
 
 import kvmpy
@@ -15,6 +16,7 @@ from kvmpy import guests
 #   done: hlt
 GUEST = bytes.fromhex("66ba0005 ed 85c0 7411 31db 89c1 01cb e2fc 66ba0405 89d8 ef ebe6 f4")
 WORK = [10, 100, 1000]
+ESCAPE = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # the shell asks where the cursor is: your terminal would answer
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def linux() -> None:
         outcome = machine.wait(timeout=300)
         for line in machine.console.read().splitlines():
             if not line.startswith("["):
-                print(f"  | {line}")
+                print(f"  | {ESCAPE.sub('', line)}")
     print(f"  the run ended: {outcome.reason}")
 
 

@@ -188,8 +188,9 @@ cdef class Vcpu(VcpuState):
         KVM_RUN, api.rst 4.10.
 
         The GIL is released meanwhile. A signal lets Python's signal handlers run (Ctrl-C raises KeyboardInterrupt), then
-        gives Interrupted(); when another thread than this one took the signal, they run within 0.2 s, and the guest goes
-        on unless one raises. StateError if the vCPU is closed or another thread runs it; KvmError if KVM refuses.
+        gives Interrupted(). When another thread than this one took the signal, or it comes at the very moment at which
+        signals of others are looked for, they run within 0.2 s, and the guest goes on unless one raises. StateError if
+        the vCPU is closed or another thread runs it; KvmError if KVM refuses.
         """
         cdef long result
         cdef int kicked = 0, blocked

@@ -135,7 +135,7 @@ class EngineCount:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(EngineCount(), "engine-count")
-    # A shell starts what runs in its background with SIGINT ignored; tests send it, to us and to what we start.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it runs in the background with Ctrl-C ignored, and the programs that tests start inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.pluginmanager.register(EngineCount(), "engine-count")

@@ -19,7 +19,7 @@ with kvmpy.Vm() as vm:
     vm.add_ram(0x1000, size=0x1000)
     vm.memory.write(0x1000, b"\\xf4")
     vm.create_vcpu().enter_real_mode(0x1000)
-    outcome = vm.run(timeout=20)
+    outcome = vm.run(timeout=60)
     print(json.dumps([os.path.exists("/dev/kvm"), vm.backend, vm.kvm.reason, outcome.reason]))
 try:
     kvmpy.Vm("kvm")

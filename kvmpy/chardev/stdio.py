@@ -31,9 +31,9 @@ IFLAG, OFLAG, CFLAG, LFLAG, CC = 0, 1, 2, 3, 6  # of the list that tcgetattr giv
 class Stdio(Input):
     """Output to `output`, input from `input`: file descriptors, by default standard output and input.
 
-    on_quit(): called in the reader thread for Ctrl-A X; by default Ctrl-C happens to this process. The
-    terminal is restored by `close()`, when the object goes away, and when the program ends, also by an
-    exception (not by SIGKILL, of course).
+    on_quit(): called in the reader thread for Ctrl-A X; by default Ctrl-C happens to this process, also
+    where it was started with Ctrl-C ignored. The terminal is restored by `close()`, when the object goes away,
+    and when the program ends, also by an exception (not by SIGKILL, of course).
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Stdio(Input):
         self._escape: Escape | None = None
         self._restore: Callable[[], object] | None = None
         if _is_our_terminal(input):
+            if on_quit is None:
+                _hear_interrupts()
             self._escape = Escape({"x": on_quit or interrupt_main, "h": lambda: self.write(HELP)})
             saved = termios.tcgetattr(input)
             self._restore = weakref.finalize(self, _restore, input, saved)  # runs at exit too
@@ -119,6 +121,13 @@ def interrupt_main() -> None:
     main = threading.main_thread().ident
     assert main is not None
     signal.pthread_kill(main, signal.SIGINT)
+
+
+def _hear_interrupts() -> None:
+    # A script may have started us with Ctrl-C ignored, which would be the end of Ctrl-A X too. In raw mode no other
+    # Ctrl-C comes from the terminal. Only the main thread can change it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def raw(attributes: list[Any]) -> list[Any]:

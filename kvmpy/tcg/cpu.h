@@ -368,6 +368,11 @@ enum {
 void cpu_assist(struct cpu *c, uint32_t count, uint32_t flags);
 /* Whether the assisted processor is to run what this one does not know or need not know. */
 static inline bool cpu_only_helps(const struct cpu *c) { return c->assist_left && !c->assist_leads; }
+/* No other vCPU can see its memory in the middle of an access. Beside an assisted processor there may be more of those. */
+static inline bool cpu_is_alone(const struct cpu *c)
+{
+    return !c->assist_left && (!c->vm || atomic_load_explicit(&c->vm->ncpu, memory_order_relaxed) < 2);
+}
 
 /* Instructions executed so far; exact where a block ends (RDTSC ends one). */
 static inline uint64_t cpu_insns(const struct cpu *c) { return c->insns_end - (uint64_t)c->budget; }

@@ -135,7 +135,7 @@ struct emit {
     struct slow *group;      /* S0 holds the addend for accesses of this group; NULL: there is none (jit_group.c) */
     unsigned group_first, group_last; /* instructions */
     bool no_groups;
-    unsigned aligned;        /* of the next probe: 16 or 32; 0: it need not be */
+    unsigned aligned;        /* of the next probe: a power of two; 0: it need not be */
     struct vectors held, dirty; /* guest vector registers in host registers of the same number; those not yet in c->v */
     bool masked;             /* MXCSR has been looked at: all exceptions are masked */
     bool shadow;             /* STI comes before this instruction */

@@ -268,7 +268,10 @@ unsigned jit_count_homed(const struct operands *o)
     return (unsigned)__builtin_popcount(seen);
 }
 
-bool jit_copy_access(const struct decoded *d, unsigned *size, bool *write)
+/* Atomic on the bus: LOCK, or XCHG with memory. */
+static bool locks(const struct decoded *d) { return d->enc.mem && (d->enc.lock || (!d->enc.map && (d->enc.opcode & 0xfe) == 0x86)); }
+
+static bool copy_access(const struct decoded *d, unsigned *size, bool *write)
 {
     struct operands o;
     jit_find_operands(d, &o);
@@ -276,6 +279,9 @@ bool jit_copy_access(const struct decoded *d, unsigned *size, bool *write)
     *write = o.mem_first && d->row->jit != JIT_COPYR;
     return jit_count_homed(&o) < 2 && o.mem_size && !o.high_reg;
 }
+
+/* What may share a probe: a locked access has one of its own. */
+bool jit_copy_access(const struct decoded *d, unsigned *size, bool *write) { return !locks(d) && copy_access(d, size, write); }
 
 static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
 {
@@ -286,7 +292,7 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
     unsigned nhomed = jit_count_homed(&o), size;
     if (d->enc.map == 1 && (d->enc.opcode & 0xf8) == 0xc8 && d->enc.osize == 2)
         return false; /* BSWAP of 16 bits is undefined: as the interpreter does */
-    if (mem ? !jit_can_address(e, d) || !jit_copy_access(d, &size, &write) : nhomed > 2)
+    if (mem ? !jit_can_address(e, d) || !copy_access(d, &size, &write) : nhomed > 2)
         return false;
     if (high) { /* AH to BH exist only without REX */
         const int low[2] = {o.high_reg ? -1 : o.reg, o.high_rm ? -1 : o.rm};
@@ -306,7 +312,9 @@ static bool copy(struct emit *e, const struct decoded *d, uint8_t observed)
     struct scratch scratch = {.used = 0};
     if (mem) {
         s = jit_begin_access(e);
+        e->aligned = locks(d) ? size : 0; /* else it is for the handler, which knows how to go about a bus lock */
         rm = jit_operand(e, d, size, write, s, nhomed > 0 || eflags);
+        e->aligned = 0;
         if (eflags)
             jit_need_eflags(e, ~0u);
     } else if (o.rm >= 0) {

@@ -106,6 +106,15 @@ static inline uint8_t *rmw_host(struct cpu *c, const struct uop *u, uint64_t lin
     return likely(p) ? p : rmw_host_slow(c, u, lin, size);
 }
 
+/* For LOCK. Across two cache lines an atomic access is the host's bus lock, which many hosts slow down, some to seconds;
+ * a processor alone needs none. Then, as at the end of a page, NULL. */
+static inline uint8_t *locked_host(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size)
+{
+    if (unlikely((lin & 63) + size > 64) && cpu_is_alone(c))
+        return NULL;
+    return rmw_host(c, u, lin, size);
+}
+
 static inline void need_aligned(struct cpu *c, const struct uop *u, uint64_t lin, unsigned size)
 {
     if (unlikely(lin & (size - 1)))

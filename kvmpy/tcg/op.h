@@ -44,7 +44,7 @@
 #define LOCKED(bits, ...)                                                                                        \
     do {                                                                                                         \
         uint64_t lin = ea(c, u);                                                                                 \
-        uint8_t *p = rmw_host(c, u, lin, bits / 8);                                                              \
+        uint8_t *p = locked_host(c, u, lin, bits / 8);                                                           \
         uint16_t f;                                                                                              \
         if (likely(p)) {                                                                                         \
             U(bits) a = HOST(bits, p);                                                                           \

@@ -27,7 +27,7 @@ EACH_WIDE(BT)
 #define BTX(bits, name, op)                                                                                            \
     static inline void name##_mem##bits(struct cpu *c, const struct uop *u, uint64_t lin, unsigned n, bool lock)       \
     {                                                                                                                  \
-        uint8_t *p = rmw_host(c, u, lin, bits / 8);                                                                    \
+        uint8_t *p = lock ? locked_host(c, u, lin, bits / 8) : rmw_host(c, u, lin, bits / 8);                          \
         U(bits) m = (U(bits))1 << n, a;                                                                                \
         if (unlikely(!p)) {                                                                                            \
             a = (U(bits))ld_rmw(c, u, lin, bits / 8);                                                                  \

@@ -19,7 +19,7 @@
     OP(xchg_mr##bits)                                                                    \
     {                                                                                    \
         uint64_t lin = ea(c, u);                                                         \
-        uint8_t *p = rmw_host(c, u, lin, bits / 8);                                      \
+        uint8_t *p = locked_host(c, u, lin, bits / 8);                                   \
         U(bits) old;                                                                     \
         if (likely(p)) {                                                                 \
             old = __atomic_exchange_n((U(bits) *)p, GET##bits(u->s), __ATOMIC_SEQ_CST);  \
@@ -123,7 +123,7 @@ OP(xlat)
     OP(cmpxchg_mr##bits##_lock)                                                          \
     {                                                                                    \
         uint64_t lin = ea(c, u);                                                         \
-        uint8_t *p = rmw_host(c, u, lin, bits / 8);                                      \
+        uint8_t *p = locked_host(c, u, lin, bits / 8);                                   \
         U(bits) a, want = GET##bits(0);                                                  \
         if (likely(p)) {                                                                 \
             a = want;                                                                    \
@@ -155,7 +155,7 @@ static void zf(struct cpu *c, bool z) { c->cc = (uint16_t)((c->cc & ~CC_ZF) | (z
 OP(cmpxchg8b_m)
 {
     uint64_t lin = ea(c, u), want = (uint64_t)GET32(RDX * 8) << 32 | GET32(0), with = (uint64_t)GET32(RCX * 8) << 32 | GET32(RBX * 8), a = want;
-    uint8_t *p = rmw_host(c, u, lin, 8);
+    uint8_t *p = locked_host(c, u, lin, 8);
     if (likely(p)) {
         __atomic_compare_exchange_n((uint64_t *)p, &a, with, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     } else {

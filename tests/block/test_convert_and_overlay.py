@@ -269,14 +269,14 @@ def test_close_while_in_use_is_refused(tmp_path: Path) -> None:
 
     def slow(offset: int, out: memoryview) -> None:
         entered.set()
-        leave.wait(10)
+        leave.wait(60)
         read(offset, out)
 
     below._read = slow  # type: ignore[method-assign]
     disk = open_overlay(below)
     reader = threading.Thread(target=disk.pread, args=(0, 10))
     reader.start()
-    entered.wait(10)
+    entered.wait(60)
     with pytest.raises(StateError, match="in use"):
         disk.close()
     leave.set()

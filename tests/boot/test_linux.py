@@ -292,7 +292,7 @@ def test_structures_agree_with_the_kernels_header(tmp_path: Path) -> None:
     source = "#include <stddef.h>\n#include <stdio.h>\n#include <asm/bootparam.h>\n"
     (tmp_path / "t.c").write_text(source + "int main(void) {" + "\n".join(lines) + "return 0; }")
     subprocess.run(["cc", "-o", tmp_path / "t", tmp_path / "t.c"], check=True, timeout=60)
-    out = subprocess.run([tmp_path / "t"], capture_output=True, check=True, timeout=10).stdout.split()
+    out = subprocess.run([tmp_path / "t"], capture_output=True, check=True, timeout=60).stdout.split()
     expected = [linux.SETUP_HEADER.offsets[name] for name in fields] + list(params.values())
     assert [int(value) for value in out] == expected
 

@@ -52,7 +52,7 @@ def test_expression_flags_are_kept(console):
 
 def test_expect_waits_for_a_pattern_that_comes_in_pieces(console):
     thread = later(*(lambda byte=byte: console.write(bytes([byte])) for byte in b"noise login: "))
-    assert console.expect("login: ", timeout=20) == Found("noise ", "login: ")
+    assert console.expect("login: ", timeout=60) == Found("noise ", "login: ")
     thread.join()
 
 
@@ -81,7 +81,7 @@ def test_close_ends_a_wait_with_the_tail_of_the_output(console):
     console.write(b"last words")
     thread = later(console.close)
     with pytest.raises(EOFError, match=r"(?s)before 'login' appeared.*last words"):
-        console.expect("login", timeout=20)
+        console.expect("login", timeout=60)
     thread.join()
     assert console.closed
     assert console.expect("last").text == "last"  # what was kept can still be read
@@ -121,7 +121,7 @@ def test_only_the_limit_is_kept():
 def test_a_wait_survives_forgetting():
     console = Console(limit=64)
     thread = later(*[lambda: console.write(b"." * 50)] * 50, lambda: console.write(b"login: "))
-    assert console.expect("login: ", timeout=20).text == "login: "
+    assert console.expect("login: ", timeout=60).text == "login: "
     thread.join()
 
 
@@ -137,7 +137,7 @@ def test_typing_reaches_the_receiver_and_waits_for_it(console):
 def test_several_waiters_each_find_theirs(console):
     found = []
     threads = [
-        threading.Thread(target=lambda word=word: found.append(console.expect(word, timeout=20).text))
+        threading.Thread(target=lambda word=word: found.append(console.expect(word, timeout=60).text))
         for word in ("alpha", "beta")
     ]
     for thread in threads:
@@ -159,7 +159,7 @@ def test_aexpect_lets_other_tasks_run(console):
         order = []
 
         async def reader():
-            order.append((await console.aexpect(re.compile(r"(\d+) ready"), timeout=20)).groups)
+            order.append((await console.aexpect(re.compile(r"(\d+) ready"), timeout=60)).groups)
 
         async def writer():
             for byte in b"boot 42 ready\n":
@@ -178,7 +178,7 @@ def test_aexpect_lets_other_tasks_run(console):
 def test_aexpect_hears_other_threads(console):
     async def main():
         thread = later(lambda: console.write(b"from a thread"))
-        found = await console.aexpect("thread", timeout=20)
+        found = await console.aexpect("thread", timeout=60)
         thread.join()
         return found
 
@@ -211,7 +211,7 @@ def test_aexpect_ends_when_the_console_closes(console):
     async def main():
         thread = later(console.close)
         with pytest.raises(EOFError, match="'login'"):
-            await console.aexpect("login", timeout=20)
+            await console.aexpect("login", timeout=60)
         thread.join()
 
     asyncio.run(main())

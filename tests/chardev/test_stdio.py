@@ -48,9 +48,9 @@ def terminal():
     os.close(master)
 
 
-def start(slave, end):
+def start(slave, end, *before):
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD.replace("END", end)],
+        [*before, sys.executable, "-c", CHILD.replace("END", end)],
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True, cwd=ROOT,
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def start(slave, end):
 def read_until(fd, end):
     data = b""
     while not data.endswith(end):
-        assert select.select([fd], [], [], 20)[0], f"only {data!r} came"
+        assert select.select([fd], [], [], 60)[0], f"only {data!r} came"
         data += os.read(fd, 4096)
     return data
 
@@ -82,8 +82,24 @@ def test_a_terminal_is_raw_and_restored_when_the_line_closes(terminal):
         assert b"Ctrl-A X  quit" in read_until(master, b"to the guest\r\r\n")
         os.write(master, b"\x01x")
         assert read_until(master, b"interrupted\r\n")
-        assert child.wait(20) == 0
+        assert child.wait(60) == 0
         assert termios.tcgetattr(slave) == before
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_ctrl_a_x_quits_where_ctrl_c_is_ignored(terminal):
+    master, slave = terminal
+    child = start(slave, WAIT_THEN_CLOSE, "sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+    try:
+        read_until(master, b"ready raw=1")
+        for _ in range(6):  # one that comes before the child waits ends no wait
+            os.write(master, b"\x01x")
+            if select.select([master], [], [], 10)[0]:
+                break
+        assert read_until(master, b"interrupted\r\n")
+        assert child.wait(60) == 0
     finally:
         child.kill()
         child.wait()
@@ -97,7 +113,7 @@ def test_a_terminal_is_restored_when_the_program_ends(terminal, end, status):
     before = termios.tcgetattr(slave)
     child = start(slave, end)
     read_until(master, b"ready raw=1" if status == 3 else b"RuntimeError: bug\r\n")
-    assert child.wait(20) == status
+    assert child.wait(60) == status
     assert termios.tcgetattr(slave) == before
 
 
@@ -105,7 +121,7 @@ def test_a_terminal_that_went_away_is_no_error_at_exit(terminal):
     master, slave = terminal
     child = start(slave, "ready(); os.close(0); print('bye', flush=True)")
     read_until(master, b"bye\r\n")
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     assert select.select([master], [], [], 0)[0] == []  # no complaint either
 
 
@@ -132,7 +148,7 @@ def test_pipes_carry_everything_and_know_no_escapes():
     os.write(our_out, b"\x00\x01x")
     line.attach(receive)
     os.write(our_out, bytes(range(3, 256)))
-    assert came.wait(20)
+    assert came.wait(60)
     assert got == b"\x00\x01x" + bytes(range(3, 256))
     line.write(b"\x00\xffout")
     assert os.read(our_in, 100) == b"\x00\xffout"
@@ -159,7 +175,7 @@ def test_end_of_input_ends_the_reader_and_nothing_else():
     line = Stdio(their_in, their_out)
     line.attach(lambda data: None)
     os.close(our_out)
-    line._thread.join(20)
+    line._thread.join(60)
     assert not line._thread.is_alive()
     line.write(b"goes on")
     assert os.read(our_in, 100) == b"goes on"
@@ -206,7 +222,7 @@ def test_ctrl_c_interrupts_a_program_whose_input_is_no_terminal():
         assert child.stdout.read(11) == b"ready raw=0"
         child.send_signal(signal.SIGINT)
         assert child.stdout.read() == b"interrupted\n"
-        assert child.wait(20) == 0
+        assert child.wait(60) == 0
     finally:
         child.kill()
         child.wait()

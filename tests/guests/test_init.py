@@ -20,7 +20,7 @@ def read_back(cmdline: str, tmp_path) -> dict[str, str]:
     part += (
         'for v in command run exit_port modules reboot; do eval "printf \'%s=%s\\0\' $v \\"\\$$v\\""; done\n'
     )
-    done = subprocess.run([shell, "-c", part], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run([shell, "-c", part], capture_output=True, text=True, check=True, timeout=60)
     return dict(item.split("=", 1) for item in done.stdout.split("\0") if item)
 
 
@@ -76,6 +76,6 @@ def test_parameters_impossible_is_an_error(arguments):
 
 def test_script_is_a_valid_shell_script_that_announces_itself_first():
     shell = shutil.which("dash") or shutil.which("sh")
-    subprocess.run([shell, "-n", "-c", init.SCRIPT], check=True, timeout=30)
+    subprocess.run([shell, "-n", "-c", init.SCRIPT], check=True, timeout=60)
     commands = [line for line in init.SCRIPT.splitlines() if line and not line.startswith("#")]
     assert commands[0] == f'echo "{READY}"'

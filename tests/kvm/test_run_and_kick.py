@@ -43,7 +43,7 @@ def test_kick_ends_a_run_that_never_exits(guest):
     thread, results = in_thread(vcpu.run)
     wait_until(lambda: vcpu.running)
     vcpu.kick()
-    thread.join(10)
+    thread.join(60)
     assert results == [Interrupted()]
     assert not vcpu.running
 
@@ -84,9 +84,9 @@ def test_each_kick_during_a_run_gives_one_interrupted(guest):
     for _ in range(kicks):
         answered.clear()
         vcpu.kick()
-        assert answered.wait(10)
+        assert answered.wait(60)
     done.set()
-    thread.join(10)
+    thread.join(60)
     assert results == [kicks]
 
 
@@ -159,7 +159,7 @@ def test_a_signal_that_another_thread_took_is_seen(guest):
     finally:
         signal.signal(signal.SIGUSR1, old)
         watchdog.cancel()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_blocked_signals_wait_until_after_the_run(guest):
@@ -188,7 +188,7 @@ def test_state_cannot_be_had_while_running(guest):
         assert vcpu.run_flags == 0
     finally:
         vcpu.kick()
-        thread.join(10)
+        thread.join(60)
     assert vcpu.regs.rip == 0x1000
 
 
@@ -204,7 +204,7 @@ def test_close_while_running_is_refused(guest):
         assert not g.vm.closed
     finally:
         g.vcpu.kick()
-        thread.join(10)
+        thread.join(60)
     assert results == [Interrupted()]
     g.vm.close()
     assert g.vcpu.closed
@@ -322,7 +322,7 @@ def test_a_processor_that_waits_for_its_start_is_kicked(chips):
     thread, results = in_thread(second.run)
     wait_until(lambda: second.running)
     second.kick()
-    thread.join(10)
+    thread.join(60)
     assert results == [Interrupted()]
     assert second.mp_state == c.KVM_MP_STATE_UNINITIALIZED
 
@@ -332,7 +332,7 @@ def test_a_halted_processor_is_kicked(chips, guest):
     thread, results = in_thread(vcpu.run)
     wait_until(lambda: vcpu.running)
     vcpu.kick()
-    thread.join(10)
+    thread.join(60)
     assert results == [Interrupted()]
 
 
@@ -348,7 +348,7 @@ def test_two_vcpus_in_two_threads(vm, guest):
     for vcpu in vm.vcpus:
         vcpu.kick()
     for thread, results in threads:
-        thread.join(10)
+        thread.join(60)
         assert results == [Interrupted()]
 
 

@@ -13,7 +13,7 @@ import pytest
 from kvmpy import _constants as c
 from kvmpy._exits import Interrupted
 
-HANG = 20  # seconds
+HANG = 60  # seconds
 # the master PIC at vector 0x20 with only IRQ 0 open, then STI; HLT
 WAIT_FOR_IRQ = "b011e620 b020e621 b004e621 b001e621 b0fee621 fb f4"
 
@@ -95,7 +95,11 @@ def test_kick_ends_a_handler_that_faults_at_once(guest):
 
 
 def test_signal_after_a_long_sleep(chips, guest):
-    """One KVM_RUN: HLT for most of a second, then a loop without exits. A plain signal still ends it."""
+    """One KVM_RUN: HLT for most of a second, then a loop without exits. A plain signal still ends it.
+
+    Not each signal: one that comes together with the nudge for signals of other threads lets the guest go on. And on a
+    busy host the first may come before the guest has left HLT.
+    """
     made = guest(WAIT_FOR_IRQ)
     made.memory[0x20 * 4 : 0x20 * 4 + 4] = (0x2000).to_bytes(4, "little")
     made.memory[0x2000:0x2002] = bytes.fromhex("ebfe")
@@ -103,8 +107,11 @@ def test_signal_after_a_long_sleep(chips, guest):
     wake = threading.Timer(0.9, chips.irq_line, (0, True))
     wake.start()
     try:
-        signal.setitimer(signal.ITIMER_REAL, 1.1)
-        assert made.vcpu.run() == Interrupted()
+        signal.setitimer(signal.ITIMER_REAL, 1.1, 0.33)
+        for _ in range(HANG):
+            assert made.vcpu.run() == Interrupted()
+            if made.vcpu.regs.rip == 0x2000:
+                break
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)

@@ -24,7 +24,7 @@ def test_seabios_boots_grub_from_a_disk():
         debugcon=log,
         disks=[Drive(grub.floppy, readonly=True)],
     ) as machine:
-        machine.console.expect("GNU GRUB", timeout=120)
+        machine.console.expect("GNU GRUB", timeout=300)
         stats = machine.stats()["virtio"]["blk0"]
         bar = machine.virtio.slots.transports[0].function.bars[0]
         assert bar.base is not None, "the firmware has placed it"

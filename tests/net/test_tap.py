@@ -115,7 +115,7 @@ print("all")
         guest = namespace.start("python3", "-c", code, stdout=-1)
         for _ in range(20):
             host.sendto(b"there", host.recvfrom(10)[1])
-        assert guest.communicate(timeout=20)[0] == "all\n"
+        assert guest.communicate(timeout=60)[0] == "all\n"
 
 
 @needs_nft
@@ -142,7 +142,7 @@ def test_masquerading_leads_out_and_is_removed(tap, namespace, other_namespace):
         process = other_namespace.start("python3", "-c", server, stdout=-1)
         assert process.stdout.readline() == "ready\n"
         assert namespace.run("python3", "-c", code).strip() == "198.51.100.1"
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
     assert namespace.run(*forwarding).strip() == "0" and "kvmpy_" not in tables(namespace)
 
 

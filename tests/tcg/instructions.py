@@ -59,7 +59,11 @@ def encode(row: optable.Row, rng: random.Random, addr: int = 0) -> bytes:
     base = index = small = NONE
     tail = b""
     flags = 0
-    need_aligned = "16b" in row.handler
+    lock = "lock" in row.attributes and memory and rng.random() < 0.3
+    need_aligned = "16b" in row.handler or lock or row.handler == "xchg"
+    off = 0  # within 16 bytes: an access across two cache lines is a bus lock, which the host may make last for seconds
+    if need_aligned and "16b" not in row.handler and not row.handler.startswith("bt"):
+        off = rng.choice([0, rng.randrange(9)])
     if memory:
         while True:
             rm, rex_b = rng.randrange(8), rng.randrange(2)
@@ -76,9 +80,11 @@ def encode(row: optable.Row, rng: random.Random, addr: int = 0) -> bytes:
             break
         kind = rng.randrange(3)
         if kind == 0:
-            mod, tail = 1, struct.pack("b", 16 * rng.randrange(-4, 4) if need_aligned else rng.randrange(-100, 100))
+            disp = 16 * rng.randrange(-4, 4) + off if need_aligned else rng.randrange(-100, 100)
+            mod, tail = 1, struct.pack("b", disp)
         elif kind == 1:
-            mod, tail = 2, struct.pack("<i", 16 * rng.randrange(-9, 9) if need_aligned else rng.randrange(-200, 200))
+            disp = 16 * rng.randrange(-9, 9) + off if need_aligned else rng.randrange(-200, 200)
+            mod, tail = 2, struct.pack("<i", disp)
         else:
             mod, tail = (1, b"\0") if rm == 5 else (0, b"")
         if rng.random() < 0.3 and not need_aligned:
@@ -105,7 +111,6 @@ def encode(row: optable.Row, rng: random.Random, addr: int = 0) -> bytes:
         flags |= 2
     if string:
         flags |= 1
-    lock = "lock" in row.attributes and memory and rng.random() < 0.3
     out = b""
     if row.vex:
         pp = {"NP": 0, "66": 1, "F3": 2, "F2": 3}[next(k for k, v in optable.PREFIXES.items() if v == row.prefix)]

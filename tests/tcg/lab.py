@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 CODE, TABLES, RESULTS, STACK = 0x10000, 0x9000, 0x40000, 0x8000
 RAM = 4 << 20
 NONE = 0xFFFF_FFFF
-HANG = 10  # seconds
+HANG = 60  # seconds
 DE, DB, BP, UD, NM, DF, TS, NP, SS, GP, PF, AC = 0, 1, 3, 6, 7, 8, 10, 11, 12, 13, 14, 17
 
 

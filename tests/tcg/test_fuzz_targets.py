@@ -21,7 +21,7 @@ CANNOT = 77
 def test_fixed_seed(target, runs, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "fuzz"  # the targets share objects
     command = [sys.executable, TOOL, target, "--runs", str(runs), "--seed", "1", "--folder", folder]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
     if result.returncode == CANNOT:
         pytest.skip(result.stderr.strip())
     assert result.returncode == 0, result.stdout + result.stderr

@@ -71,7 +71,7 @@ def test_host_and_software_agree(diff):
     program, portable = diff
     cases, handlers = records(1, 40, portable)
     assert len(handlers) > 100
-    result = subprocess.run([program, "1", "4"], input=cases, capture_output=True, timeout=300, check=False)
+    result = subprocess.run([program, "1", "4"], input=cases, capture_output=True, timeout=900, check=False)
     output = result.stdout.decode()
     summary = re.search(r"(\d+) cases, (\d+) differences", output)
     assert summary, output + result.stderr.decode()

@@ -66,7 +66,7 @@ def integers(seed: int, each: int, names: frozenset[str] = frozenset()) -> bytes
 def differences(command: list[str], cases: bytes, switches: str) -> tuple[int, str]:
     """How many cases ran, and what the program said; none may differ."""
     env = os.environ | EAGER | {"KVMPY_JIT": switches}
-    done = subprocess.run(command, input=cases, capture_output=True, timeout=300, env=env, check=False)
+    done = subprocess.run(command, input=cases, capture_output=True, timeout=900, env=env, check=False)
     output = done.stdout.decode()
     if done.returncode == 3:
         pytest.skip("no executable memory here for a JIT")

@@ -13,7 +13,7 @@ from lab import GP, NONE, UD
 from kvmpy import _exits as x
 
 LINE = 0x50040
-HANG = 10
+HANG = 60
 pytestmark = pytest.mark.parametrize("backend", ["tcg"], indirect=True)  # KVM has MWAIT leave the guest or not at all
 
 WAIT = """

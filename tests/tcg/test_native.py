@@ -55,6 +55,6 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("name", ["test_chips", "test_machine", "test_threads"])
 def test_native(build, name):
-    result = subprocess.run([build(name)], capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run([build(name)], capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
     assert "WARNING: ThreadSanitizer" not in result.stderr

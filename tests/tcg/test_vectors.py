@@ -62,7 +62,7 @@ def test_every_form_is_in_the_cases():
 def test_host_and_software_agree(vector_diff, seed):
     cases = vectors.cases(seed, 4)
     command = [vector_diff, str(seed), str(STATES)]
-    result = subprocess.run(command, input=cases, capture_output=True, timeout=300, check=False)
+    result = subprocess.run(command, input=cases, capture_output=True, timeout=900, check=False)
     output = result.stdout.decode()
     summary = re.search(r"(\d+) runs, (\d+) faults on the host, (\d+) differences", output)
     assert summary, output + result.stderr.decode()

@@ -73,7 +73,7 @@ def ends_alike(guest, code, prepare=lambda vm: None, bits=64):
     for backend in ("kvm", "tcg"):
         vm = guest(backend, code, bits)
         prepare(vm)
-        assert vm.run(timeout=20) == Outcome("halted", vcpu=0)
+        assert vm.run(timeout=60) == Outcome("halted", vcpu=0)
         ends.append(state(vm))
         if backend == "kvm":
             counts = dict(vm.assist.counts)
@@ -135,7 +135,7 @@ def test_it_hands_back_before_a_port(guest):
     vm = guest("kvm", STORE_NEW + CMPXCHG16B + "b8 5a000000 e680 b8 5b000000 e680" + HLT)
     seen = []
     vm.on_io_out(0x80)(lambda exit: seen.append(exit.value))
-    assert vm.run(timeout=20) == Outcome("halted", vcpu=0)
+    assert vm.run(timeout=60) == Outcome("halted", vcpu=0)
     assert seen == [0x5A, 0x5B]  # each once
 
 
@@ -164,19 +164,19 @@ def test_kvm_sees_page_tables_that_the_assist_changed(guest):
 def test_written_pages_are_in_the_dirty_log(guest):
     vm = guest("kvm", STORE_NEW + CMPXCHG16B + HLT)
     vm.memory.start_dirty_log(DirtyLog(vm))
-    vm.run(timeout=20)
+    vm.run(timeout=60)
     assert DATA in vm.memory.collect_dirty()
     assert vm.memory.read(DATA, 16) == (0x22 << 64 | 0x11).to_bytes(16, "little")
 
 
 def test_slots_that_come_later_are_known(guest):
     vm = guest("kvm", STORE_NEW + CMPXCHG16B + HLT)
-    vm.run(timeout=20)
+    vm.run(timeout=60)
     needed(vm.assist.counts, "cmpxchg16b")
     region = vm.add_ram(0x100_0000, 0x1000)
     vm.memory.write(0x100_0000, bytes.fromhex(STORE_NEW + CMPXCHG16B + HLT))
     vm.vcpus[0].enter_long_mode(0x100_0000, sp=STACK)
-    assert vm.run(timeout=20) == Outcome("halted", vcpu=0)
+    assert vm.run(timeout=60) == Outcome("halted", vcpu=0)
     assert vm.assist.counts["cmpxchg16b"] == 2
     vm.memory.remove(region)
 
@@ -189,7 +189,7 @@ def test_switched_off_it_is_a_failure_with_a_report(guest, how, monkeypatch):
     else:
         vm = guest("kvm", CMPXCHG16B + HLT, assist=False)
     try:
-        vm.run(timeout=20)
+        vm.run(timeout=60)
     except EmulationFailure as error:
         assert "cmpxchg16b" in error.report
         assert not vm.assist.counts
@@ -202,7 +202,7 @@ def test_a_handler_for_the_exit_comes_first(guest):
 
     vm = guest("kvm", CMPXCHG16B + HLT)
     vm.on_exit(InternalError)(lambda exit: Outcome("mine"))
-    outcome = vm.run(timeout=20)
+    outcome = vm.run(timeout=60)
     if outcome.reason == "halted":
         pytest.skip("this KVM runs cmpxchg16b by itself")
     assert outcome == Outcome("mine")
@@ -217,7 +217,7 @@ def test_slots_of_the_second_ioctl_are_known_too(guest):
     with contextlib.closing(Ram.from_bytes(code.ljust(0x1000, b"\x90"))) as ram:
         vm.set_user_memory_region2(30, 0x100_0000, 0x1000, ram.address)
         vm.vcpus[0].enter_long_mode(0x100_0000, sp=STACK)
-        assert vm.run(timeout=20) == Outcome("halted", vcpu=0)
+        assert vm.run(timeout=60) == Outcome("halted", vcpu=0)
         needed(vm.assist.counts, "cmpxchg16b")
         vm.set_user_memory_region2(30, 0x100_0000, 0, 0)
 
@@ -266,7 +266,7 @@ def test_avx512_state_goes_through_the_assist(guest):
     for index, place in places.items():
         raw[place.ebx : place.ebx + place.eax] = bytes((index * 16 + i) & 0xFF for i in range(place.eax))
     vcpu.xsave = type(vcpu.xsave).from_bytes(bytes(raw))
-    assert vm.run(timeout=20) == Outcome("halted", vcpu=0)
+    assert vm.run(timeout=60) == Outcome("halted", vcpu=0)
     for place in places.values():
         at = slice(place.ebx, place.ebx + place.eax)
         assert bytes(vcpu.xsave)[at] == raw[at]

@@ -14,7 +14,7 @@ def test_a_port_handler_gets_the_exit(guest):
     def out(exit):
         seen.append((type(exit), exit.port, exit.size, exit.value))
 
-    assert vm.run(timeout=10) == Outcome("halted", vcpu=0)
+    assert vm.run(timeout=60) == Outcome("halted", vcpu=0)
     assert seen == [(IoOut, 0x80, 4, 0x5A)]
 
 
@@ -22,7 +22,7 @@ def test_a_read_handler_answers_by_returning_or_by_answer(guest):
     vm = guest("e480 88c3 e481 f4")  # in al,0x80  mov bl,al  in al,0x81  hlt
     vm.on_io_in(0x80)(lambda exit: 0x12)
     vm.on_io_in(0x81)(lambda exit: exit.answer(0x34))
-    vm.run(timeout=10)
+    vm.run(timeout=60)
     regs = vm.vcpus[0].regs
     assert (regs.rbx & 0xFF, regs.rax & 0xFF) == (0x12, 0x34)
 
@@ -36,7 +36,7 @@ def test_a_string_read_is_answered_with_bytes(guest):
     def read(exit):
         return bytes(next(text) for _ in range(exit.count))
 
-    vm.run(timeout=10)
+    vm.run(timeout=60)
     assert vm.memory.read(0x2000, 4) == b"kvm!"
 
 
@@ -45,7 +45,7 @@ def test_string_io_reaches_a_device_item_by_item(guest):
     vm = guest("be00100000 b903000000 ba80000000 fc f36e f4")
     seen = []
     vm.pio.claim(0x80, 1, "recorder", write=lambda offset, size, value: seen.append((offset, size, value)))
-    vm.run(timeout=10)
+    vm.run(timeout=60)
     assert seen == [(0, 1, 0xBE), (0, 1, 0x00), (0, 1, 0x10)]
 
 
@@ -55,7 +55,7 @@ def test_memory_handlers_cover_their_range_and_no_more(guest):
     written = []
     vm.on_mmio_read(0xD000_0010, 8)(lambda exit: 0xCAFE)
     vm.on_mmio_write(0xD000_0010, 8)(lambda exit: written.append((exit.addr, exit.value)))
-    vm.run(timeout=10)
+    vm.run(timeout=60)
     assert written == [(0xD000_0014, 0xCAFE)]
     assert vm.vcpus[0].regs.rbx == 0xFFFF_FFFF  # nobody there: all ones
     assert vm.mmio.unclaimed == {0xD000_0020: 1}
@@ -70,7 +70,7 @@ def test_a_handler_ends_the_run_with_an_outcome(guest):
         left[0] -= 1
         return Outcome("enough", 7) if not left[0] else None
 
-    assert vm.run(timeout=10) == Outcome("enough", 7)
+    assert vm.run(timeout=60) == Outcome("enough", 7)
     assert left == [0]
 
 
@@ -78,7 +78,7 @@ def test_what_a_handler_must_not_return_is_refused(guest):
     vm = guest("e680 f4")
     vm.on_io_out(0x80)(lambda exit: "ok")
     with pytest.raises(TypeError, match="None or an Outcome, not 'ok'"):
-        vm.run(timeout=10)
+        vm.run(timeout=60)
 
 
 def test_an_exception_in_a_handler_comes_out_with_its_traceback(guest):
@@ -89,7 +89,7 @@ def test_an_exception_in_a_handler_comes_out_with_its_traceback(guest):
         raise LookupError("no such thing")
 
     with pytest.raises(LookupError, match="no such thing") as caught:
-        vm.run(timeout=10)
+        vm.run(timeout=60)
     assert caught.traceback[-1].name == "broken"
 
 
@@ -125,7 +125,7 @@ def test_a_hlt_handler_lets_the_guest_go_on(guest):
     halts = []
     vm.on_hlt(lambda exit: halts.append(1))
     vm.on_io_out(0x80)(lambda exit: Outcome("there"))
-    assert vm.run(timeout=10).reason == "there"
+    assert vm.run(timeout=60).reason == "there"
     assert len(halts) == 2
 
 
@@ -135,5 +135,5 @@ def test_msr_handlers_take_reads_and_writes(guest):
     written = []
     vm.on_msr_read(0x12345)(lambda exit: 0x1_0000_0041)
     vm.on_msr_write(0x12345)(lambda exit: written.append((exit.index, exit.data)))
-    vm.run(timeout=10)
+    vm.run(timeout=60)
     assert written == [(0x12345, 0x1_0000_0042)]

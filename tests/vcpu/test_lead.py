@@ -69,7 +69,7 @@ def guest():
 
 
 def finish(vm):
-    assert vm.run(timeout=30) == Outcome("done", 42)
+    assert vm.run(timeout=60) == Outcome("done", 42)
     vcpu = vm.vcpus[0]
     regs = vcpu.regs
     regs.rip = ENTRY  # behind the OUT or at it: as the engine likes
@@ -347,7 +347,7 @@ def test_written_pages_are_in_the_dirty_log(guest):
 def test_a_triple_fault_is_reported_with_its_state(guest):
     vm = guest("bf07000000 0f0b")  # mov edi,7  ud2, and no gate
     with pytest.raises(GuestShutdown) as caught:
-        vm.run(timeout=30)
+        vm.run(timeout=60)
     assert "ud2" in caught.value.report
     assert vm.vcpus[0].regs.rdi == 7
 
@@ -364,7 +364,7 @@ def test_it_leads_only_where_it_was_asked_to(guest):
 def test_a_vcpu_run_by_hand_is_kvms_own_again(guest):
     vm = guest("b90a000000 e680 ffc9 75fa" + DONE)  # ten times: out 0x80,al
     vm.on_io_out(0x80)(lambda exit: Outcome("once"))
-    assert vm.run(timeout=30) == Outcome("once")
+    assert vm.run(timeout=60) == Outcome("once")
     exits = [vm.vcpus[0].run() for _ in range(2)]
     assert exits == [IoOut(0x80, b"\0")] * 2
     vm.vcpus[0].kick()

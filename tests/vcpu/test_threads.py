@@ -15,7 +15,7 @@ from kvmpy.vcpu import State
 LOOP = "ebfe"  # jmp $
 COUNT = "ff0500200000 ebf8"  # again: inc dword [0x2000]  jmp again
 COUNTER = 0x2000
-LONG = 20  # seconds; only a failure waits so long
+LONG = 60  # seconds; only a failure waits so long
 
 
 def test_a_guest_that_never_exits_is_stopped(guest):

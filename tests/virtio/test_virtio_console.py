@@ -33,7 +33,7 @@ def test_a_plain_console(threaded):
         host.send("early ")
         driver = rig.start(c.SIZE)
         driver.queues[1].request([b"log", b"in: "])
-        host.expect("login: ", timeout=10)
+        host.expect("login: ", timeout=60)
         heads = [driver.queues[0].add([], [8]) for _ in range(4)]
         driver.queues[0].kick()
         assert drain(driver, driver.queues[0], heads, 1) == [b"early "]
@@ -48,7 +48,7 @@ def test_emergency_write(threaded):
     with Rig(ConsoleDevice(host, threaded=threaded)) as rig:
         for char in b"!\n":
             rig.driver.write_config(0x8, 4, char)
-        host.expect("!\n", timeout=10)
+        host.expect("!\n", timeout=60)
 
 
 def test_input_that_nobody_reads_is_bounded(threaded):
@@ -108,7 +108,7 @@ def test_ports_announce_themselves(multi):
     multi.tell(1, c.PORT_OPEN, 1)
     assert drain(driver, driver.queues[4], heads, 1) == [b"hello"]
     driver.queues[5].request([b"answer"])
-    multi.hosts[1].expect("answer", timeout=10)
+    multi.hosts[1].expect("answer", timeout=60)
     multi.rig.device.resize(100, 40)
     assert multi.told(1) == [(0, c.RESIZE, 1, struct.pack("<HH", 40, 100))]
 

@@ -90,11 +90,11 @@ def test_linux_uses_every_device(name, transport, backend, tmp_path):
         assert "Received 1 response" in text
         assert re.search(r"^32\r?$", text, re.M), "entropy"
         digest = re.search(r"^([0-9a-f]{32})  -\r?$", text, re.M)[1]
-        hvc.expect("through-hvc0", timeout=1)
-        port.expect("through-the-port", timeout=1)
+        hvc.expect("through-hvc0", timeout=60)
+        port.expect("through-the-port", timeout=60)
         assert stats["blk0"]["flushes"] > 0 and stats["blk0"]["errors"] == 0
     assert main(["image", "convert", "-f", "qcow2", "-O", "raw", f"{tmp_path}/disk", f"{tmp_path}/raw"]) == 0
-    host.join(10)
+    host.join(60)
     peer.close()
     if shutil.which("e2fsck") and shutil.which("debugfs"):
         subprocess.run(["e2fsck", "-f", "-n", tmp_path / "raw"], check=True, capture_output=True)

@@ -85,7 +85,7 @@ def test_both_ways(program, transport, backend, tmp_path):
                 reply.close()
             outcome = machine.wait(timeout=100)
             stats = machine.stats()["virtio"]["vsock"]
-        host.join(10)
+        host.join(60)
     text = console.transcript.replace("\r", "")
     assert outcome.reason == "poweroff" and "listened" in text, text[-2000:]
     assert hashlib.md5(back).digest() == hashlib.md5(data).digest()

@@ -22,8 +22,12 @@ static uint64_t rflags_of(uint8_t flags)
 static uint8_t *byte_at(uint64_t lin)
 {
     uint64_t gpa;
+    uint32_t pkru = guest.cpu->pkru;
     bool writable, user;
-    if (!cpu_translate(guest.cpu, lin, &gpa, &writable, &user) || guest_page(gpa) < 0)
+    guest.cpu->pkru = 0; /* protection keys keep nobody from running code */
+    bool mapped = cpu_translate(guest.cpu, lin, &gpa, &writable, &user);
+    guest.cpu->pkru = pkru;
+    if (!mapped || guest_page(gpa) < 0)
         return NULL;
     return guest_ram(guest_page(gpa)) + (gpa & 0xfff);
 }
