@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _software_leads() -> bool:
-    from kvmpy import Vm
+    from kvmpy.vm import Vm
 
     with Vm("auto", lead=True) as vm:
         return vm.assist.leads
