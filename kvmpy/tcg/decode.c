@@ -482,7 +482,7 @@ enum decode_result decode_insn(const uint8_t *p, unsigned avail, uint32_t mode, 
     out->end = r->attrs & OPA_END;
     out->links = r->attrs & (OPA_LINK1 | OPA_LINK2) ? 1 : 0;
     out->flags_written = r->written;
-    out->flags_read = r->read;
+    out->flags_read = r->attrs & OPA_COUNT && u->imm & (osize == 64 ? 63 : 31) ? 0 : r->read;
     out->barrier = s.mem || out->end || (r->attrs & (OPA_FAULT | OPA_X87 | OPA_MMXCLASS | OPA_SSECLASS | OPA_AVXCLASS));
     return DECODE_OK;
 

@@ -40,7 +40,8 @@ flags       w=written and defined, u=written but undefined, r=read, of o s z a p
 attributes  words: gates (lower-case CPUID feature names of FEATURES; class x87 mmx sse avx for the CR0/CR4
             checks) and
             i64 o64 d64 f64 lock nf end link1 link2 fault priv pe rep nop0 imm2 rdi (memory at
-            DS:rDI beside the operands) sz=16,32 jit=CLASS vec=SIZE... undoc
+            DS:rDI beside the operands) sz=16,32 jit=CLASS vec=SIZE... undoc count (flags are read only
+            by a shift whose immediate is 0)
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ FEATURES = [
 ]
 CLASSES = ("x87", "mmxclass", "sseclass", "avxclass")
 ATTRIBUTES = (
-    "i64 o64 d64 f64 lock nf end link1 link2 fault priv pe rep nop0 imm2 rdi undoc vexint " + " ".join(CLASSES)
+    "i64 o64 d64 f64 lock nf end link1 link2 fault priv pe rep nop0 imm2 rdi undoc vexint count " + " ".join(CLASSES)
 ).split()
 # How the JIT makes host code of a row (jit_insn.c, jit_block.c); none: it calls the interpreter's handler.
 #   copy     the same opcode on host registers; a memory operand in first place is read and written,
