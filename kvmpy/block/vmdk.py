@@ -73,7 +73,6 @@ class Descriptor:
         if self.values.get("parentCID", "ffffffff").lower() != "ffffffff":
             raise ImageError("VMDK images with a parent (snapshots) are not supported")
 
-
     def number(self, key: str) -> int:
         """A content ID; all ones (nobody) when it is none."""
         text = self.values.get(key, "")

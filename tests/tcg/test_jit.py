@@ -125,67 +125,44 @@ def test_vector_sequences_as_in_the_interpreter(programs, switches):
     assert ran == 10000
 
 
-LOOP = """
+def in_long_mode(code: str, then: str, **environment: str) -> str:
+    """What a process of its own prints that runs `code` (hexadecimal) at 0x1000, then the statements `then`."""
+    program = f"""
 import os, kvmpy
-#     mov ecx,1000  1: dec ecx  jnz 1b  hlt
-CODE = bytes.fromhex("b9e8030000 ffc9 75fc f4")
 with kvmpy.Vm("tcg") as vm:
     vm.add_ram(0, size=0x20000)
-    vm.memory.write(0x1000, CODE)
+    vm.memory.write(0x1000, bytes.fromhex("{code}"))
     vcpu = vm.create_vcpu()
     vcpu.enter_long_mode(0x1000)
-    assert isinstance(vcpu.run(), kvmpy.Hlt)
-    with vcpu.stats() as stats:
-        print(os.getpid(), dict(stats.read())["jit_blocks"])
+    {then}
 """
-
-
-MISALIGNED = """
-import kvmpy
-#     mov rax,cr4  or eax,OSFXSR  mov cr4,rax  movaps xmm0,[0x2000]  movaps xmm1,[1]  hlt
-CODE = bytes.fromhex("0f20e0 0d00020000 0f22e0 0f28042500200000 0f280c2501000000 f4")
-with kvmpy.Vm("tcg") as vm:
-    vm.add_ram(0, size=0x20000)
-    vm.memory.write(0x1000, CODE)
-    vcpu = vm.create_vcpu()
-    vcpu.enter_long_mode(0x1000)
-    print(vcpu.run(), hex(vcpu.regs.rip))
-"""
+    command, env = [sys.executable, "-c", program], os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=True).stdout
 
 
 def test_misaligned_vector_in_page_0():
     """Its address and its misalignment once made the tag of an empty softTLB entry, and so an access to host memory."""
-    env = os.environ | EAGER
-    command = [sys.executable, "-c", MISALIGNED]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=True)
-    assert done.stdout == "Shutdown() 0x1013\n"  # #GP without an IDT
-
-
-COUNTED = """
-import kvmpy
-# again: mov rax,[rbx]  dec ecx  mov rdx,[rbx+8]  jnz on  hlt; on: inc rsi  jmp again
-CODE = bytes.fromhex("b9e8030000 bbfc1f0000 31f6 488b03 ffc9 488b5308 7501 f4 48ffc6 ebef")
-with kvmpy.Vm("tcg") as vm:
-    vm.add_ram(0, size=0x20000)
-    vm.memory.write(0x1000, CODE)
-    vcpu = vm.create_vcpu()
-    vcpu.enter_long_mode(0x1000)
-    print(vcpu.run(), vcpu.regs.rsi)
-"""
+    # mov rax,cr4  or eax,OSFXSR  mov cr4,rax  movaps xmm0,[0x2000]  movaps xmm1,[1]  hlt
+    code = "0f20e0 0d00020000 0f22e0 0f28042500200000 0f280c2501000000 f4"
+    said = in_long_mode(code, "print(vcpu.run(), hex(vcpu.regs.rip))", **EAGER)
+    assert said == "Shutdown() 0x1013\n"  # #GP without an IDT
 
 
 def test_flags_behind_accesses_that_share_a_probe():
     """The two loads lie in two pages, so the interpreter does them, with the DEC between them."""
-    done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, timeout=60,
-                          env=os.environ | EAGER, check=True)  # fmt: skip
-    assert done.stdout == "Hlt() 999\n"
+    # again: mov rax,[rbx]  dec ecx  mov rdx,[rbx+8]  jnz on  hlt; on: inc rsi  jmp again
+    code = "b9e8030000 bbfc1f0000 31f6 488b03 ffc9 488b5308 7501 f4 48ffc6 ebef"
+    assert in_long_mode(code, "print(vcpu.run(), vcpu.regs.rsi)", **EAGER) == "Hlt() 999\n"
 
 
 def test_code_has_names_for_perf():
     """KVMPY_JIT=perf: START SIZE name, hexadecimal, as tools/perf/Documentation/jit-interface.txt has it."""
-    env = os.environ | {"KVMPY_TCG": "jit", "KVMPY_JIT": "perf"}
-    done = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=60, env=env, check=True)
-    pid, blocks = map(int, done.stdout.split())
+    # mov ecx,1000  1: dec ecx  jnz 1b  hlt
+    then = """assert isinstance(vcpu.run(), kvmpy.Hlt)
+    with vcpu.stats() as stats:
+        print(os.getpid(), dict(stats.read())["jit_blocks"])"""
+    said = in_long_mode("b9e8030000 ffc9 75fc f4", then, KVMPY_TCG="jit", KVMPY_JIT="perf")
+    pid, blocks = map(int, said.split())
     if not blocks:
         pytest.skip("no executable memory here for a JIT")
     path = Path(f"/tmp/perf-{pid}.map")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stock Debian kernels drive the devices: their own modules, ACPI, interrupts by irqfd, kicks by ioeventfd."""
 
+import contextlib
 import io
 import os
 import random
@@ -150,15 +151,12 @@ grep 'virtio0-req' /proc/interrupts"""
     assert len(counts) == 2 and counts[0][0] > 0 and counts[1][1] > 0, text[-2000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", ["mmio", "pci"])
-@ENGINES
-def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(transport, backend):
+@contextlib.contextmanager
+def balloon_guest(run, backend, transport):
+    """A Linux with a balloon runs commands: (machine, balloon, console)."""
     guest = guests.find("debian-6.1")
     if guest is None:
         pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
-    run = """echo ready; read line; mkdir /t; mount -t tmpfs -o size=100% none /t
-dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
     console = Console()
     with Machine(
         kernel=guest.kernel,
@@ -171,6 +169,16 @@ dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
         cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_pci", "virtio_balloon")),
     ) as machine:
         (balloon,) = (one for one in machine.virtio.devices if isinstance(one, Balloon))
+        yield machine, balloon, console
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+@ENGINES
+def test_a_balloon_takes_memory_and_gives_it_back_when_the_guest_has_none_left(transport, backend):
+    run = """echo ready; read line; mkdir /t; mount -t tmpfs -o size=100% none /t
+dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
+    with balloon_guest(run, backend, transport) as (machine, balloon, console):
         console.expect("ready", timeout=120)
         for size in (160 << 20, 32 << 20, 160 << 20):
             balloon.target = size
@@ -191,25 +199,11 @@ dd if=/dev/zero of=/t/file bs=1M count=150 && echo filled; read line"""
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
 @ENGINES
 def test_free_pages_are_reported_and_go_back_to_the_host(transport, backend):
-    guest = guests.find("debian-6.1")
-    if guest is None:
-        pytest.skip("debian-6.1 is not in the cache: kvmpy guest get debian-6.1")
     run = """mkdir /t; mount -t tmpfs -o size=100% none /t
 echo ready; read line; dd if=/dev/zero of=/t/file bs=1M count=128 2> /dev/null; echo filled
 read line; rm /t/file; echo freed; read line
 dd if=/dev/urandom of=/t/file bs=1M count=100 2> /dev/null; md5sum < /t/file; md5sum < /t/file"""
-    console = Console()
-    with Machine(
-        kernel=guest.kernel,
-        initrd=guest.initrd_modules,
-        memory="256M",
-        backend=backend,
-        console=console,
-        balloon=True,
-        transport=transport,
-        cmdline="console=ttyS0 quiet " + parameters(run, modules=("virtio_mmio", "virtio_pci", "virtio_balloon")),
-    ) as machine:
-        (balloon,) = (one for one in machine.virtio.devices if isinstance(one, Balloon))
+    with balloon_guest(run, backend, transport) as (machine, balloon, console):
         console.expect("ready", timeout=120)
         console.send_line("fill")
         console.expect("filled", timeout=120)
