@@ -83,22 +83,28 @@ def root_image(folder, init, *archives):
     return disk
 
 
-@ENGINES
-def test_a_disk_and_hvc0_without_acpi(backend, tmp_path):
-    disk = root_image(tmp_path, INIT)
+def boot(backend, console, disks, words="", **options):
+    """A machine without ACPI whose root is its first disk; hvc0 is `console`."""
     kernel = guests.find("libkrunfw")
-    console = Console()
-    with Machine(
+    return Machine(
         kernel=kernel.kernel,
         memory="256M",
         backend=backend,
         acpi=False,
         console=Null(),
         hvc=console,
-        cmdline=f"{kernel.cmdline} root=/dev/vda rootfstype=ext4 rw",
-        disks=[f"{disk},format=raw"],
+        cmdline=f"{kernel.cmdline} {words} root=/dev/vda rootfstype=ext4 rw",
+        disks=disks,
         rng=True,
-    ) as machine:
+        **options,
+    )
+
+
+@ENGINES
+def test_a_disk_and_hvc0_without_acpi(backend, tmp_path):
+    disk = root_image(tmp_path, INIT)
+    console = Console()
+    with boot(backend, console, [f"{disk},format=raw"]) as machine:
         outcome = machine.wait(timeout=120)
     assert outcome.reason == "reset", console.transcript[-2000:]
     assert "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6" in console.transcript
@@ -111,7 +117,7 @@ def test_a_disk_and_hvc0_without_acpi(backend, tmp_path):
 @ENGINES
 def test_file_systems_entropy_and_the_network(backend, tmp_path):
     """What Debian's kernels are asked to do, on qcow2 disks; everything comes by virtio-mmio without ACPI."""
-    tools, kernel = guests.find("e2fsprogs"), guests.find("libkrunfw")
+    tools = guests.find("e2fsprogs")
     if tools is None:
         pytest.skip("e2fsprogs is not in the cache: kvmpy guest get e2fsprogs")
     raw = root_image(tmp_path, TRIAL, tools.initrd)
@@ -124,18 +130,8 @@ def test_file_systems_entropy_and_the_network(backend, tmp_path):
     host.start()
     try:
         net = UserNet(guest_forwards=[f"tcp::80-127.0.0.1:{server.server_address[1]}"])
-        with Machine(
-            kernel=kernel.kernel,
-            memory="256M",
-            backend=backend,
-            acpi=False,
-            console=Null(),
-            hvc=console,
-            cmdline=f"{kernel.cmdline} quiet root=/dev/vda rootfstype=ext4 rw",
-            disks=[f"{root},format=qcow2", f"{disk},format=qcow2"],
-            nets=[net],
-            rng=True,
-        ) as machine:
+        disks = [f"{root},format=qcow2", f"{disk},format=qcow2"]
+        with boot(backend, console, disks, "quiet", nets=[net]) as machine:
             outcome = machine.wait(timeout=200)
     finally:
         server.shutdown()
