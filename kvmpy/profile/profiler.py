@@ -42,6 +42,7 @@ COUNTED = {
     "blocks": "translations (blocks decoded)",
     "jit_blocks": "  of those made into host code",
     "jit_insns": "  ... with so many instructions",
+    "jit_joined": "  ... with other blocks behind branches that are seldom taken",
     "jit_helpers": "  ... of them calls of the interpreter's handlers",
     "jit_links": "  ... and links between them",
     "lookups": "block look-ups that no link or jump cache answered",

@@ -348,6 +348,14 @@ struct block *block_peek(struct cpu *c)
     return NULL;
 }
 
+struct block *block_known(struct cpu *c, const uint8_t *host, uint32_t mode)
+{
+    for (struct block *b = block_by(c->cache, c->cache->hash[hash_of(host, mode)]); b; b = block_by(c->cache, b->hash_next))
+        if (b->host == host && b->mode == mode && !b->dead)
+            return b;
+    return NULL;
+}
+
 struct block *block_at(struct cpu *c, uint64_t lin)
 {
     struct page_info page;
@@ -358,11 +366,7 @@ struct block *block_at(struct cpu *c, uint64_t lin)
     tcg_phys_to_host(c->vm, gpa & PAGE_MASK_4K, &page);
     if (!page.host)
         return NULL;
-    uint8_t *host = page.host + (gpa & 0xfff);
-    for (struct block *b = block_by(c->cache, c->cache->hash[hash_of(host, c->mode)]); b; b = block_by(c->cache, b->hash_next))
-        if (b->host == host && b->mode == c->mode && !b->dead)
-            return b;
-    return NULL;
+    return block_known(c, page.host + (gpa & 0xfff), c->mode);
 }
 
 void block_connect(struct cpu *c, struct link *link, struct block *to)
@@ -418,7 +422,7 @@ static void kill(struct cpu *c, struct block *b)
 static bool overlaps(const struct block *b, uint64_t gpa, uint64_t size)
 {
     const struct crossing *x = crossing_of(b);
-    uint64_t first = x ? 4096 - (b->gpa & 0xfff) : b->bytes;
+    uint64_t first = x ? 4096 - (b->gpa & 0xfff) : (uint64_t)b->bytes + b->more;
     return (b->gpa < gpa + size && gpa < b->gpa + first) || (x && x->gpa < gpa + size && gpa < x->gpa + b->bytes - first);
 }
 
@@ -440,7 +444,7 @@ static uint64_t forget(struct cpu *c, uint64_t gpa, uint64_t size)
         }
         uint64_t start = b->gpa >> 12 == gpa >> 12 ? b->gpa & 0xfff : 0;
         if (b->gpa >> 12 == gpa >> 12 || (x && x->gpa >> 12 == gpa >> 12)) {
-            uint64_t stop = start + b->bytes - 1;
+            uint64_t stop = start + b->bytes + b->more - 1;
             stop = stop > 4095 ? 4095 : stop;
             for (uint64_t g = start >> 6; g <= stop >> 6; g++)
                 left |= 1ull << g;

@@ -296,6 +296,7 @@ struct cpu {
         struct jit *state;      /* NULL: there is none */
         uint64_t page;          /* linear address of the page that host code runs in */
         uint64_t context, serial; /* what the present mode and address translations are called */
+        struct tlb *gs;         /* the host's GS base; NULL: it is not ours yet */
         bool stop;              /* the running code has been forgotten */
         bool once;              /* the next block is the interpreter's */
         struct {                /* jit_x87.c */
@@ -315,7 +316,7 @@ struct cpu {
     uint32_t index;        /* vcpu id */
     struct tcg_vm_core *vm;
     void *machine;         /* the machine half's own vCPU */
-    struct { uint64_t tlb_miss, walks, blocks, flushes, smc, lookups, faults, irqs, slow, jit_blocks, jit_insns, jit_helpers, jit_links; } stat;
+    struct { uint64_t tlb_miss, walks, blocks, flushes, smc, lookups, faults, irqs, slow, jit_blocks, jit_insns, jit_helpers, jit_links, jit_joined; } stat;
 };
 
 /* ---- what the core needs of a VM; the machine half embeds this first in its own struct tcg_vm ---- */

@@ -438,7 +438,9 @@ static enum tcg_stop run(struct cpu *c)
 enum tcg_stop cpu_run(struct cpu *c)
 {
     struct fp_host host = fp_enter(c);
+    uint64_t gs = jit_borrow_gs(c);
     enum tcg_stop stop = run(c);
+    jit_return_gs(c, gs);
     c->tlb = &c->tlbs[mmu_index(c)]; /* not at a segment's edge (ea.c): that ended with the instruction */
     fp_leave(c, host);
     return stop;

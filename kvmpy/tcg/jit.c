@@ -14,10 +14,14 @@
 #if HAVE_JIT
 #include <cpuid.h>
 #include <stdlib.h>
+#include <sys/auxv.h>
 
 #include "fphost.h"
 
 #define THRESHOLD 24
+#ifndef HWCAP2_FSGSBASE
+#define HWCAP2_FSGSBASE 2 /* asm/hwcap2.h: RDGSBASE and its like run in user mode */
+#endif
 
 OP_DECL(jit_count);
 OP_DECL(jit_enter);
@@ -55,7 +59,7 @@ static uint64_t host_features(unsigned word)
 static unsigned switched_off(const char *words)
 {
     static const struct { const char *name; unsigned bit; } names[] = {
-        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"nogroups", JIT_NO_GROUPS}, {"perf", JIT_PERF}, {"nox87", JIT_NO_X87},
+        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"nogroups", JIT_NO_GROUPS}, {"perf", JIT_PERF}, {"nox87", JIT_NO_X87}, {"nogs", JIT_NO_GS}, {"notraces", JIT_NO_TRACES}, {"nobinding", JIT_NO_BINDING},
     };
     unsigned bits = 0;
     for (unsigned i = 0; words && i < sizeof names / sizeof names[0]; i++)
@@ -82,6 +86,8 @@ void jit_init(struct cpu *c)
     j->off = switched_off(getenv("KVMPY_JIT"));
     j->host_features[0] = host_features(0);
     j->host_features[1] = host_features(1);
+    j->gs = !(j->off & JIT_NO_GS) && getauxval(AT_HWCAP2) & HWCAP2_FSGSBASE;
+    j->rorx = __builtin_cpu_supports("bmi2");
     jit_thunks(c, j);
     c->jit.state = j;
     jit_flush(c);
@@ -101,6 +107,24 @@ void jit_free(struct cpu *c)
 }
 
 bool jit_is_full(const struct cpu *c) { return c->jit.state && c->jit.state->full; }
+
+/* ---- the host's GS base ---- */
+
+/* Nothing of Linux' user space uses GS; whoever else does has it back when the vCPU stops. */
+uint64_t jit_borrow_gs(struct cpu *c)
+{
+    uint64_t base = 0;
+    c->jit.gs = NULL;
+    if (c->jit.state && c->jit.state->gs)
+        __asm__ volatile("rdgsbase %0" : "=r"(base));
+    return base;
+}
+
+void jit_return_gs(const struct cpu *c, uint64_t base)
+{
+    if (c->jit.state && c->jit.state->gs)
+        __asm__ volatile("wrgsbase %0" : : "r"(base));
+}
 
 /* ---- contexts ---- */
 
@@ -219,9 +243,12 @@ static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to
         return;
     if (!l->leaves_page && from->gpa >> 12 != to->block->gpa >> 12)
         return; /* the page was remapped between leaving and coming back */
+    if (!jit_runs_at(to, rip) || (to->bound && !jit_from(l)->bound && !l->leaves_page))
+        return;
     if (l->leaves_page) {
         proving(c, rip);
         l->serial = c->jit.serial;
+        l->page = (rip - (int64_t)l->delta) & PAGE_MASK_4K;
     }
     if (l->to == to)
         return;
@@ -245,15 +272,17 @@ static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to
     c->stat.jit_links++;
 }
 
+static struct jit_block *block_of(const struct target *t) { return (struct jit_block *)(t->block & ~(uintptr_t)TARGET_FLAGS); }
+
 static void know_target(struct cpu *c, struct jit_block *jb, uint64_t rip)
 {
     struct jit *j = c->jit.state;
     struct target *t = &j->target[rip & ((1u << TARGET_BITS) - 1)];
     uint64_t key = rip ^ c->jit.context;
-    if ((t->key == key && t->block == jb) || j->off & JIT_NO_INDIRECT)
+    if ((t->key == key && block_of(t) == jb) || j->off & JIT_NO_INDIRECT)
         return;
     proving(c, rip);
-    *t = (struct target){key, jb->entry, (rip & PAGE_MASK_4K) | (jb->flags_in ? TARGET_FLAGS : 0), jb};
+    *t = (struct target){key, jb->entry, rip & PAGE_MASK_4K, (uintptr_t)jb | (jb->flags_in ? TARGET_FLAGS : 0)};
     jb->cached_often |= jb->cached && jb->cached != t;
     jb->cached = t;
 }
@@ -271,10 +300,11 @@ static const uint8_t *known_code(const struct cpu *c, uint64_t rip)
 const uint8_t *jit_prove(struct cpu *c, struct jit_link *l)
 {
     uint64_t rip = c->jit.page + (int64_t)l->delta;
-    if (!l->to || known_code(c, rip) != l->to->block->host)
+    if (!l->to || known_code(c, rip) != l->to->block->host || !jit_runs_at(l->to, rip))
         return NULL;
     proving(c, rip);
     l->serial = c->jit.serial;
+    l->page = c->jit.page;
     c->jit.page = rip & PAGE_MASK_4K;
     return l->to->entry;
 }
@@ -285,13 +315,13 @@ const uint8_t *jit_find(struct cpu *c)
     struct jit *j = c->jit.state;
     uint64_t rip = c->rip;
     struct target *t = &j->target[rip & ((1u << TARGET_BITS) - 1)];
-    struct jit_block *jb = t->block;
-    if (jb && (t->page & PAGE_MASK_4K) == (rip & PAGE_MASK_4K) && jb->block->mode == c->mode && known_code(c, rip) == jb->block->host) {
+    struct jit_block *jb = block_of(t);
+    if (jb && t->page == (rip & PAGE_MASK_4K) && jb->block->mode == c->mode && known_code(c, rip) == jb->block->host) {
         proving(c, rip);
         t->key = rip ^ c->jit.context;
     } else {
         struct block *b = block_peek(c);
-        if (!b || !b->host_code)
+        if (!b || !b->host_code || !jit_runs_at(b->host_code, rip))
             return NULL;
         jb = b->host_code;
         know_target(c, jb, rip);
@@ -330,7 +360,7 @@ const uint8_t *jit_call(struct cpu *c, const struct uop *u, const uint8_t *behin
 
 static void forget_target(struct target *t, uint64_t index, const struct jit_block *jb)
 {
-    if (t->block == jb)
+    if (block_of(t) == jb)
         *t = (struct target){.key = index};
 }
 
@@ -345,7 +375,7 @@ void jit_kill(struct cpu *c, struct block *b)
         jb->incoming = l->next;
         unlink_from(j, l);
     }
-    for (unsigned i = 0; i < 2; i++) {
+    for (unsigned i = 0; i < jb->nlinks; i++) {
         struct jit_link *l = &jb->link[i];
         if (!l->to)
             continue;
@@ -412,6 +442,16 @@ OP(jit_count)
     return b->first(c, u);
 }
 
+/* Host code that is bound to one page is needed in another: the next will not be. */
+static void roam(struct cpu *c, struct block *b)
+{
+    jit_kill(c, b);
+    b->uops[0].fn = op_jit_count;
+    b->count = 0;
+    b->more = 0;
+    b->roams = true;
+}
+
 OP(jit_enter)
 {
     struct block *b = c->block;
@@ -421,8 +461,12 @@ OP(jit_enter)
         c->jit.once = false;
         return b->first(c, u);
     }
-    c->budget += b->ninsn;
     uint64_t rip = c->bip;
+    if (unlikely(!jit_runs_at(jb, rip))) {
+        roam(c, b);
+        return b->first(c, u);
+    }
+    c->budget += b->ninsn;
     c->jit.stop = false;
     for (;;) {
         if (j->pending && j->pending_rip == rip)
@@ -444,7 +488,7 @@ OP(jit_enter)
         if (unlikely(asked_to_leave(c)))
             return NULL;
         b = block_peek(c);
-        if (!b || !b->host_code)
+        if (!b || !b->host_code || !jit_runs_at(b->host_code, c->rip))
             return NULL;
         jb = b->host_code;
         rip = c->rip;

@@ -12,7 +12,9 @@
  * that misses the softTLB: faults, MMIO, code pages and dirty logging have one implementation.
  *
  * Host code is position independent as blocks are: RIP is c->jit.page (linear address of the running page) plus a
- * constant. Jumps inside the page are direct once both ends are compiled. Jumps out of the page and indirect ones
+ * constant. Where the page lies in the lowest or highest 2 GiB, as kernels and programs of a fixed address do, the code is
+ * bound to it: addresses are constants, and a second place that the page is mapped to gets code of the other kind.
+ * A probe of the softTLB needs its address: where the host allows, that is the base of GS. Jumps inside the page are direct once both ends are compiled. Jumps out of the page and indirect ones
  * prove first that RIP still leads where it did: by c->jit.context, a number that stands for the mode and the state
  * of address translation, changed by every flush (jit_forget_addresses).
  *
@@ -40,6 +42,9 @@ void jit_update_context(struct cpu *c);           /* c->mode changed */
 void jit_forget_addresses(struct cpu *c, bool global_too); /* the softTLB was flushed */
 void jit_forget_page(struct cpu *c, uint64_t lin); /* INVLPG */
 bool jit_is_full(const struct cpu *c);
+/* Around everything that runs host code: the host's GS base is ours meanwhile. */
+uint64_t jit_borrow_gs(struct cpu *c);
+void jit_return_gs(const struct cpu *c, uint64_t base);
 #else
 static inline void jit_init(struct cpu *c) { (void)c; }
 static inline void jit_free(struct cpu *c) { (void)c; }
@@ -50,6 +55,8 @@ static inline void jit_update_context(struct cpu *c) { (void)c; }
 static inline void jit_forget_addresses(struct cpu *c, bool global_too) { (void)c, (void)global_too; }
 static inline void jit_forget_page(struct cpu *c, uint64_t lin) { (void)c, (void)lin; }
 static inline bool jit_is_full(const struct cpu *c) { (void)c; return false; }
+static inline uint64_t jit_borrow_gs(struct cpu *c) { (void)c; return 0; }
+static inline void jit_return_gs(const struct cpu *c, uint64_t base) { (void)c, (void)base; }
 #endif
 
 #endif

@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { P_66 = 1, P_F2 = 2, P_F3 = 4, P_LOCK = 8, P_REX = 16 /* even if it says nothing: SPL to DIL */ };
+enum { P_66 = 1, P_F2 = 2, P_F3 = 4, P_LOCK = 8, P_REX = 16 /* even if it says nothing: SPL to DIL */, P_GS = 32 };
 #define NO_REG 0xffu
 
 struct place_of_code { uint8_t *p; intptr_t delta; };
@@ -78,6 +78,8 @@ static inline unsigned rex_xb(struct rm m)
 /* map: 0 one byte, 1 0F, 2 0F38, 3 0F3A */
 static inline void put_insn(AS, unsigned prefixes, bool w, unsigned map, unsigned opcode, unsigned reg, struct rm m, unsigned tail)
 {
+    if (prefixes & P_GS)
+        put1(a, 0x65);
     if (prefixes & P_LOCK)
         put1(a, 0xf0);
     if (prefixes & P_66)
@@ -112,6 +114,7 @@ static inline void put_vex(AS, unsigned pp, bool w, bool l, unsigned map, unsign
 static inline void mov_rr(AS, unsigned d, unsigned s) { put_insn(a, 0, true, 0, 0x8b, d, rm_reg(s), 0); }
 static inline void mov_load(AS, unsigned d, struct rm m) { put_insn(a, 0, true, 0, 0x8b, d, m, 0); }
 static inline void mov_store(AS, struct rm m, unsigned s) { put_insn(a, 0, true, 0, 0x89, s, m, 0); }
+static inline void mov_imm(AS, struct rm m, int32_t imm) { put_insn(a, 0, true, 0, 0xc7, 0, m, 4); put4(a, (uint32_t)imm); }
 static inline void lea(AS, bool w, unsigned d, struct rm m) { put_insn(a, 0, w, 0, 0x8d, d, m, 0); }
 /* ADD 0, OR 1, AND 4, SUB 5, XOR 6, CMP 7 with an immediate */
 static inline void alu_imm(AS, bool w, unsigned op, struct rm m, int32_t imm)
@@ -128,6 +131,12 @@ static inline void shift_imm(AS, bool w, unsigned op, unsigned r, unsigned n) /*
     put_insn(a, 0, w, 0, 0xc1, op, rm_reg(r), 1);
     put1(a, n);
 }
+static inline void rorx(AS, unsigned d, unsigned s, unsigned n) /* of 32 bits */
+{
+    put_vex(a, 3, false, false, 3, 0xf0, d, 0, rm_reg(s), 1);
+    put1(a, n);
+}
+static inline void wrgsbase(AS, unsigned r) { put_insn(a, P_F3, true, 1, 0xae, 3, rm_reg(r), 0); }
 /* A jump with a target to be filled in: where its 32-bit displacement stands (to write). */
 static inline uint8_t *jmp32(AS) { put1(a, 0xe9); put4(a, 0); return a->p - 4; }
 static inline uint8_t *jcc32(AS, unsigned cond) { put1(a, 0x0f); put1(a, 0x80 | cond); put4(a, 0); return a->p - 4; }

@@ -2,6 +2,10 @@
  *
  * Host code of a block: which flags can be seen where, the instructions, the ways out.
  *
+ * A trace is a block and what follows it behind a branch that is seldom taken, and so on: one piece of code with several
+ * ways out, whose flags and registers know of each other. The blocks behind exist besides, for whoever comes there
+ * another way.
+ *
  * The block's bytes are decoded once more, for the encodings; if that does not give the block's own micro-ops (a store
  * by another processor is on its way here), there is no host code.
  *
@@ -17,6 +21,7 @@
 #include "optable.h"
 
 #define MAX_INSNS 64
+#define MAX_BYTES 255 /* offsets in a block are bytes */
 #define FARTHEST ((1ll << 31) - 8192) /* of targets of links: pages are added and taken back as 32-bit immediates */
 
 OP_DECL(fall);
@@ -53,10 +58,19 @@ void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset) { leave_from(e
 /* To the loop, at a constant RIP. */
 static void leave_at(struct place_of_code *a, struct emit *e, uint32_t offset)
 {
-    mov_load(a, S0, FIELD(e, jit.page));
-    lea(a, true, S0, rm_mem(S0, (int32_t)offset));
+    jit_address(a, e, S0, (int32_t)offset);
     mov_store(a, FIELD(e, rip), S0);
     jump_to(a, e->j->exit_rip);
+}
+
+/* The running page is another one from here on, this far away from the block's own, and back again. */
+static void move_page(struct place_of_code *a, struct emit *e, int32_t distance, bool back)
+{
+    int32_t page;
+    if (jit_knows(e, back ? 0 : distance, &page))
+        mov_imm(a, FIELD(e, jit.page), page);
+    else
+        alu_imm(a, true, 0, FIELD(e, jit.page), back ? -distance : distance);
 }
 
 /* CMP request, 0: where time may pass without end. NZ when somebody wants something. */
@@ -80,10 +94,10 @@ static struct way way(const struct emit *e, const uint8_t *site, struct place_of
     return w;
 }
 
-static struct jit_link *begin_link(struct emit *e, unsigned n, int64_t offset)
+static struct jit_link *begin_link(struct emit *e, int64_t offset)
 {
-    struct jit_link *l = &e->jb->link[n];
-    l->second = n;
+    struct jit_link *l = &e->jb->link[e->nlinks];
+    l->number = (uint8_t)e->nlinks++;
     l->delta = (int32_t)offset;
     return l;
 }
@@ -98,18 +112,18 @@ static void near_stub(struct emit *e, struct jit_link *l, const uint8_t *site)
     exit_by(&e->k, e, l);
 }
 
-/* The way along link n to `target` (an offset from the block's start) at the end of `a`; flags are e->flags. */
-static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t target)
+/* The way to `target` (an offset from the block's start) at the end of `a`; flags are e->flags. */
+static void go(struct emit *e, struct place_of_code *a, int64_t target)
 {
     int64_t offset = target + e->start;
-    struct jit_link *l = begin_link(e, n, offset);
+    struct jit_link *l = begin_link(e, offset);
     intptr_t delta = a->delta;
     unsigned flags = e->flags;
     l->leaves_page = offset < 0 || offset > 4095;
-    bool backward = target <= e->b->bytes, cold = a == &e->k;
+    bool backward = target <= e->behind, cold = a == &e->k;
     if (l->leaves_page || backward) {
         struct place_of_code *k = cold ? a : &e->k;
-        uint8_t *asked = NULL, *unproved = NULL, *save = NULL, *far;
+        uint8_t *asked = NULL, *unproved[2] = {NULL}, *save = NULL, *far;
         if (!(flags & IN_CC) && flags & IN_RECIPE) { /* saved on the way only when `to` may show them */
             save = jmp32(a);
         } else if (!(flags & IN_CC)) {
@@ -124,8 +138,13 @@ static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t targ
         if (l->leaves_page) {
             mov_load(a, S0, FIELD(e, jit.serial));
             put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->serial), 0);
-            unproved = jcc32(a, COND_NZ);
-            alu_imm(a, true, 0, FIELD(e, jit.page), (int32_t)(offset & ~0xfffll));
+            unproved[0] = jcc32(a, COND_NZ);
+            if (!e->bound) {
+                mov_load(a, S0, FIELD(e, jit.page));
+                put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->page), 0);
+                unproved[1] = jcc32(a, COND_NZ);
+            }
+            move_page(a, e, (int32_t)(offset & ~0xfffll), false);
         }
         if (backward && !l->leaves_page) { /* a loop: one jump a turn */
             far = jcc32(a, COND_Z);
@@ -135,13 +154,14 @@ static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t targ
         }
         l->far = way(e, far, k);
         if (l->leaves_page) /* unlinked: the page is not yet changed in the exits above */
-            alu_imm(k, true, 0, FIELD(e, jit.page), -(int32_t)(offset & ~0xfffll));
+            move_page(k, e, (int32_t)(offset & ~0xfffll), true);
         if (asked)
             set_target(asked, delta, run_address(k));
         jit_make_cc(k, e, jit_lost(flags), &e->recipe);
         exit_by(k, e, l);
-        if (unproved) {
-            set_target(unproved, delta, run_address(k));
+        if (unproved[0]) {
+            for (unsigned i = 0; i < 2 && unproved[i]; i++)
+                set_target(unproved[i], delta, run_address(k));
             jit_make_cc(k, e, jit_lost(flags), &e->recipe);
             lea(k, true, S0, rm_abs(l));
             jump_to(k, e->j->prove);
@@ -157,26 +177,24 @@ static void go(struct emit *e, struct place_of_code *a, unsigned n, int64_t targ
     near_stub(e, l, jmp32(a));
 }
 
-/* A branch on a condition of EFLAGS. */
-static void branch(struct emit *e, unsigned cond, int64_t target, int64_t behind)
+/* To `target` on a condition of EFLAGS; else the code that follows. */
+static void branch(struct emit *e, unsigned cond, int64_t target)
 {
-    if (target <= e->b->bytes || target + e->start > 4095) { /* what the taken way needs stands in line when it is a loop */
-        bool loop = target <= e->b->bytes;
+    if (target <= e->behind || target + e->start > 4095) { /* what the taken way needs stands in line when it is a loop */
+        bool loop = target <= e->behind;
         struct place_of_code *a = loop ? &e->a : &e->k;
         uint8_t *site = jcc32(&e->a, loop ? cond ^ 1 : cond);
         if (!loop)
             set_target(site, e->a.delta, run_address(&e->k));
-        go(e, a, 0, target);
+        go(e, a, target);
         if (loop)
             set_target(site, e->a.delta, run_address(&e->a));
-        go(e, &e->a, 1, behind);
         return;
     }
     /* a near forward branch: the Jcc itself is the link */
-    struct jit_link *l = begin_link(e, 0, target + e->start);
+    struct jit_link *l = begin_link(e, target + e->start);
     l->saved = e->flags & IN_CC;
     near_stub(e, l, jcc32(&e->a, cond));
-    go(e, &e->a, 1, behind);
 }
 
 /* Bits above a canonical address. */
@@ -223,18 +241,15 @@ static void go_indirect(struct emit *e, int32_t drop, bool canonical_known, uint
     uint8_t *miss = jcc32(a, COND_NZ), *shown = NULL;
     mov_load(a, S0, rm_mem(S1, offsetof(struct target, page)));
     if (!(flags & IN_CC)) {
-        put_insn(a, 0, false, 0, 0xf7, 0, rm_reg(S0), 4); /* TEST S0, TARGET_FLAGS */
-        put4(a, TARGET_FLAGS);
+        put_insn(a, 0, false, 0, 0xf6, 0, rm_mem(S1, offsetof(struct target, block)), 1); /* TEST block, TARGET_FLAGS */
+        put1(a, TARGET_FLAGS);
         shown = jcc32(a, COND_NZ);
-    } else {
-        alu_imm(a, true, 4, rm_reg(S0), -4096);
     }
     drop_stack(a, drop);
     mov_store(a, FIELD(e, jit.page), S0);
     put_insn(a, 0, false, 0, 0xff, 4, rm_mem(S1, offsetof(struct target, code)), 0);
     if (shown) {
         set_target(shown, a->delta, run_address(k));
-        alu_imm(k, true, 4, rm_reg(S0), -4096);
         mov_store(k, FIELD(e, jit.page), S0);
         mov_load(k, S0, rm_mem(S1, offsetof(struct target, code)));
         jit_make_cc(k, e, flags, &e->recipe);
@@ -274,14 +289,27 @@ static struct slow *part_ends(struct emit *e, const struct decoded *d, struct sl
     return s;
 }
 
+/* What the slow path loaded is wanted in S0. */
+static void comes_by_scratch(struct emit *e, struct slow *s)
+{
+    const uint8_t *behind = s->resume;
+    s->resume = run_address(&e->k);
+    mov_load(&e->k, S0, FIELD(e, scratch[1]));
+    jump_to(&e->k, behind);
+}
+
 /* Stores the address `behind` (offset in the page) on the stack. */
 static void push_return(struct emit *e, const struct decoded *d, uint32_t behind)
 {
     struct slow *s = jit_begin_access(e);
     struct rm m = jit_probe(e, GUEST_SP, -8, 8, true, s);
-    mov_load(&e->a, S1, FIELD(e, jit.page));
-    lea(&e->a, true, S1, rm_mem(S1, (int32_t)behind));
-    mov_store(&e->a, m, S1);
+    int32_t address;
+    if (jit_knows(e, behind, &address)) {
+        mov_imm(&e->a, m, address);
+    } else {
+        jit_address(&e->a, e, S1, (int32_t)behind);
+        mov_store(&e->a, m, S1);
+    }
     lea(&e->a, true, GUEST_SP, rm_mem(GUEST_SP, -8));
     part_ends(e, d, s, op_jit_push)->return_offset = behind;
     jit_stack_has_moved(e, d);
@@ -302,38 +330,41 @@ static bool indirect_target(struct emit *e, const struct decoded *d)
         return true;
     }
     struct slow *s = jit_begin_access(e);
-    struct rm m = jit_operand(e, d, 8, false, s, false);
-    mov_load(&e->a, S0, m);
-    mov_store(&e->a, FIELD(e, scratch[1]), S0);
-    part_ends(e, d, s, op_jit_load);
-    mov_load(&e->a, S0, FIELD(e, scratch[1]));
+    mov_load(&e->a, S0, jit_operand(e, d, 8, false, s, false));
+    comes_by_scratch(e, part_ends(e, d, s, op_jit_load));
     return true;
 }
 
-static bool terminator(struct emit *e, const struct decoded *d)
+static bool near(const struct decoded *d) { return (int64_t)d->uop.imm > -FARTHEST && (int64_t)d->uop.imm < FARTHEST; }
+static bool branches(const struct decoded *d) { return d->row && d->row->jit == JIT_JCC && d->cond != 0xff && near(d); }
+
+/* `on`: host code goes on behind the branch. */
+static bool terminator(struct emit *e, const struct decoded *d, bool on)
 {
     uint32_t at = e->start + d->uop.off, behind = at + d->uop.len;
-    int64_t target = (int64_t)d->uop.imm, next = d->uop.off + d->uop.len;
+    int64_t target = (int64_t)d->uop.imm;
     const struct oprow *r = d->row;
-    bool near = target > -FARTHEST && target < FARTHEST;
     jit_flush_vectors(e);
+    e->behind = d->uop.off + d->uop.len;
     switch (r ? r->jit : JIT_NONE) {
     case JIT_JCC:
-        if (d->cond == 0xff || !near)
+        if (!branches(d))
             return false;
         jit_need_eflags(e, d->flags_read);
-        branch(e, d->cond, target, next);
+        branch(e, d->cond, target);
+        if (!on)
+            go(e, &e->a, e->behind);
         return true;
     case JIT_JMP:
-        if (d->enc.osize != 8 || !near)
+        if (d->enc.osize != 8 || !near(d))
             return false;
-        go(e, &e->a, 0, target);
+        go(e, &e->a, target);
         return true;
     case JIT_CALL:
-        if (d->enc.osize != 8 || !near)
+        if (d->enc.osize != 8 || !near(d))
             return false;
         push_return(e, d, behind);
-        go(e, &e->a, 0, target);
+        go(e, &e->a, target);
         return true;
     case JIT_JMPIND:
         if (!indirect_target(e, d))
@@ -359,12 +390,8 @@ static bool terminator(struct emit *e, const struct decoded *d)
         jit_lose_eflags(e);
         poll_or_leave(e, at);
         struct slow *s = jit_begin_access(e);
-        struct rm m = jit_probe(e, GUEST_SP, 0, 8, false, s);
-        mov_load(&e->a, S0, m);
-        uint8_t *over = jmp32(&e->a);
-        part_ends(e, d, s, op_jit_top);
-        mov_load(&e->a, S0, FIELD(e, scratch[1]));
-        set_target(over, e->a.delta, run_address(&e->a));
+        mov_load(&e->a, S0, jit_probe(e, GUEST_SP, 0, 8, false, s));
+        comes_by_scratch(e, part_ends(e, d, s, op_jit_top));
         go_indirect(e, 8 + (int32_t)(uint16_t)(r->operand[0] ? d->uop.imm : 0), false, at);
         return true;
     }
@@ -388,7 +415,8 @@ static bool same_uop(const struct uop *a, const struct uop *b)
     return !memcmp((const char *)a + sizeof a->fn, (const char *)b + sizeof b->fn, sizeof *a - sizeof a->fn);
 }
 
-static bool decode_again(struct cpu *c, const struct block *b, uint8_t *bytes, struct decoded *d)
+/* `at`: bytes of the trace before the block. */
+static bool decode_again(struct cpu *c, const struct block *b, unsigned at, uint8_t *bytes, struct decoded *d)
 {
     const struct uop *u = b->uops;
     unsigned pos = 0;
@@ -402,9 +430,24 @@ static bool decode_again(struct cpu *c, const struct block *b, uint8_t *bytes, s
             return false;
         if (!same_uop(&d[i].uop, u++))
             return false;
+        if (at && decode_insn(bytes + pos, b->bytes - pos, b->mode, c->features, at + pos, &d[i]) != DECODE_OK)
+            return false;
         pos += d[i].uop.len;
     }
     return pos == b->bytes;
+}
+
+/* The block behind a branch that ends a trace of `size` bytes and n instructions, when it runs about as often as the
+ * trace's head: mostly the branch is not taken. */
+static struct block *next_of_trace(struct cpu *c, const struct block *head, const struct decoded *last, unsigned size, unsigned n)
+{
+    const struct jit *j = c->jit.state;
+    if (j->off & JIT_NO_TRACES || !branches(last) || (head->gpa & 0xfff) + size > 4095)
+        return NULL;
+    struct block *b = block_known(c, head->host + size, head->mode);
+    if (!b || b->crosses || n + b->ninsn > MAX_INSNS || size + b->bytes > MAX_BYTES || b->count * 4 < j->threshold)
+        return NULL;
+    return b;
 }
 
 static void slow_paths(struct emit *e)
@@ -416,8 +459,7 @@ static void slow_paths(struct emit *e)
             set_target(s->site[n], k->delta, run_address(k));
         jit_make_cc(k, e, s->flags, &s->recipe);
         if (s->return_offset) {
-            mov_load(k, S1, FIELD(e, jit.page));
-            lea(k, true, S1, rm_mem(S1, (int32_t)s->return_offset));
+            jit_address(k, e, S1, (int32_t)s->return_offset);
             mov_store(k, FIELD(e, scratch[1]), S1);
         }
         jit_spill(k, e, s->spill);
@@ -439,12 +481,14 @@ static void slow_paths(struct emit *e)
 }
 
 /* False: nothing here for the JIT, or, with e->group, a group was wrong about an instruction. */
-static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const struct decoded *d, const uint8_t *bytes, const uint8_t *observed,
-                       uint8_t flags_in, bool no_groups)
+static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const struct decoded *d, unsigned n, const uint8_t *bytes,
+                       const uint8_t *observed, uint8_t flags_in, bool no_groups)
 {
     struct jit *j = c->jit.state;
-    unsigned n = b->ninsn, done = 0;
+    unsigned done = 0, nlinks = 1;
     bool end = false;
+    for (unsigned i = 0; i < n; i++)
+        nlinks += branches(&d[i]);
 
     memset(e, 0, offsetof(struct emit, slow));
     e->a = (struct place_of_code){j->write + j->hot, j->run - j->write};
@@ -454,25 +498,32 @@ static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const str
     e->b = b;
     e->bytes = bytes;
     e->start = (uint32_t)(b->gpa & 0xfff);
+    e->page = c->bip & PAGE_MASK_4K;
+    e->bound = !b->roams && !(j->off & JIT_NO_BINDING) && (int64_t)e->page == (int32_t)e->page;
     e->flags = IN_CC;
     e->no_groups = no_groups || j->off & JIT_NO_GROUPS;
-    e->jb = jit_data(j, sizeof *e->jb + (j->calls ? n * sizeof e->jb->at[0] : 0));
-    e->jb->mapped = j->calls;
+    e->jb = jit_data(j, sizeof *e->jb + nlinks * sizeof e->jb->link[0] + (j->calls ? n * sizeof e->jb->at[0] : 0));
+    e->jb->at = j->calls ? (uint16_t *)&e->jb->link[nlinks] : NULL;
+    e->jb->ninsn = (uint8_t)n;
+    e->jb->nlinks = (uint8_t)nlinks;
     e->jb->block = b;
+    e->jb->bound = e->bound;
+    e->jb->page = e->page;
     e->jb->entry = run_address(&e->a);
     e->jb->flags_in = flags_in;
     for (; done < n && !end; done++) {
         const struct decoded *i = &d[done];
-        if (e->jb->mapped)
+        if (e->jb->at)
             e->jb->at[done] = (uint16_t)(e->a.p - (j->write + j->hot));
         bool sti = i->uop.fn == op_sti;
-        end = i->end || (sti && done + 1 == n); /* STI at the end: its shadow is the interpreter's business */
+        bool on = i->end && done + 1 < n; /* a branch within the trace */
+        end = (i->end && !on) || (sti && done + 1 == n); /* STI at the end: its shadow is the interpreter's business */
         e->shadow = done && d[done - 1].uop.fn == op_sti;
         if (!e->group)
             jit_group_begin(e, d, done, n);
         if (i->row)
             jit_registers_will_change(e, i, observed[done]);
-        if (end && !sti ? terminator(e, i) : jit_insn(e, i, observed[done])) {
+        if (on || (end && !sti) ? terminator(e, i, on) : jit_insn(e, i, observed[done])) {
             if (e->group && e->group_last == done)
                 jit_group_end(e, d, NULL);
             if (!end)
@@ -492,8 +543,10 @@ static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const str
         jit_helper(e, i);
     }
     jit_flush_vectors(e);
+    const struct decoded *last = d + n - 1;
+    e->behind = last->uop.off + last->uop.len;
     if (!end)
-        go(e, &e->a, 0, b->bytes);
+        go(e, &e->a, e->behind);
     return e->helpers * 2 <= n || j->off & JIT_ALL; /* else the interpreter goes from handler to handler faster */
 }
 
@@ -502,25 +555,30 @@ bool jit_compile(struct cpu *c, struct block *b)
     struct jit *j = c->jit.state;
     static _Thread_local struct decoded d[MAX_INSNS];
     static _Thread_local struct emit e;
-    uint8_t bytes[300], observed[MAX_INSNS], live = 0x3f;
+    uint8_t bytes[MAX_BYTES + 16], observed[MAX_INSNS], live = 0x3f;
 
     if (j->hot + CODE_SLACK > HOT_SIZE || j->cold + CODE_SLACK > HOT_SIZE + COLD_SIZE || j->used + CODE_SLACK > DATA_SIZE) {
         j->full = true;
         return false;
     }
-    if (b->dead || b->bytes + 16 > sizeof bytes || b->ninsn > MAX_INSNS || !decode_again(c, b, bytes, d))
+    if (b->dead || b->bytes > MAX_BYTES || b->ninsn > MAX_INSNS || !decode_again(c, b, 0, bytes, d))
         return false;
-    unsigned n = b->ninsn;
+    unsigned n = b->ninsn, size = b->bytes;
+    for (const struct block *more; (more = next_of_trace(c, b, d + n - 1, size, n)) && decode_again(c, more, size, bytes + size, d + n);) {
+        n += more->ninsn;
+        size += more->bytes;
+        c->stat.jit_joined++;
+    }
     for (unsigned i = n; i--;) {
         observed[i] = live; /* after instruction i */
         bool helper = !d[i].row || d[i].row->jit == JIT_NONE;
-        live = d[i].barrier || helper ? 0x3f : (uint8_t)((live & ~d[i].flags_written) | d[i].flags_read);
+        live = d[i].barrier || d[i].end || helper ? 0x3f : (uint8_t)((live & ~d[i].flags_written) | d[i].flags_read);
     }
 
     size_t used = j->used;
-    if (!emit_block(&e, c, b, d, bytes, observed, live, false)) {
+    if (!emit_block(&e, c, b, d, n, bytes, observed, live, false)) {
         j->used = used;
-        if (!e.group || !emit_block(&e, c, b, d, bytes, observed, live, true)) {
+        if (!e.group || !emit_block(&e, c, b, d, n, bytes, observed, live, true)) {
             j->used = used;
             return false;
         }
@@ -537,6 +595,7 @@ bool jit_compile(struct cpu *c, struct block *b)
     if (j->off & JIT_PERF)
         jit_tell_perf(c->bip, pieces, 2);
     b->host_code = e.jb;
+    b->more = (uint8_t)(size - b->bytes);
     return true;
 }
 #endif

@@ -16,21 +16,22 @@
 #define MAX_CONTEXTS 16
 
 /* A host address for an indirect jump: key is RIP ^ context. */
-struct target { uint64_t key; const uint8_t *code; uint64_t page; struct jit_block *block; };
-#define TARGET_FLAGS 1 /* in `page`: the block may show the flags that it gets */
+struct target { uint64_t key; const uint8_t *code; uint64_t page; uintptr_t block; };
+#define TARGET_FLAGS 1 /* in `block`, beside its address: it may show the flags that it gets */
 
 struct jit_block;
 /* A jump, by offsets in the code: where its displacement stands (0: there is none), and where it leads without a link. */
 struct way { uint32_t site, stub; };
-/* One way out of a block. `near`: the jump itself, or a branch to the stub; `far`: the jump at the stub's end. */
+/* One way out of host code. `near`: the jump itself, or a branch to the stub; `far`: the jump at the stub's end. */
 struct jit_link {
     uint64_t serial;         /* of the context of the proof, for links that leave the page; 0: none */
+    uint64_t page;           /* where the proof was made: it says nothing of another place that the code is mapped to */
     struct jit_block *to;
     struct jit_link *next;   /* of those that lead to `to` */
     struct way near, far;
     struct way save;         /* to where the flags are saved, or a NOP when `to` overwrites them; none: saved in line */
     int32_t delta;           /* target - start of the page that the block is in */
-    bool second;             /* link[1] of the block */
+    uint8_t number;          /* of the block's */
     bool leaves_page;
     bool saved;              /* the flags are in c->cc before the near jump already */
 };
@@ -40,12 +41,14 @@ struct jit_block {
     const uint8_t *entry;
     uint32_t hot_bytes, cold_bytes;
     struct jit_link *incoming;
-    struct jit_link link[2];
     struct target *cached;   /* the entry of the target table that names this block */
     bool cached_often;       /* more than one does: look through the table */
     bool flags_in;           /* flags that hold at entry may be seen */
-    bool mapped;             /* at[] says where the code of each instruction begins (jit_profile.c) */
-    uint16_t at[];
+    uint64_t page;           /* bound: linear address of the only page that the code may run in, for it has that as constants */
+    bool bound;
+    uint8_t ninsn, nlinks;
+    uint16_t *at;            /* where the code of each instruction begins; NULL: nobody asked (jit_profile.c) */
+    struct jit_link link[];
 };
 
 struct jit {
@@ -57,6 +60,8 @@ struct jit {
     bool full;
     unsigned threshold, off; /* off: JIT_NO_* */
     uint64_t host_features[2];
+    bool gs;                 /* the host's GS base is c->tlb while host code runs: probes need not load it */
+    bool rorx;
     const uint8_t *(*enter)(const uint8_t *code); /* returns a link or NULL with c->rip set */
     const uint8_t *helper, *exit_link, *exit_rip, *prove, *find; /* thunks */
     struct jit_link *pending;  /* host code left by it and c->jit.pending_rip is where it leads */
@@ -74,7 +79,7 @@ struct jit {
 };
 enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */,
        JIT_NO_GROUPS = 64, JIT_PERF = 32, /* on, not off: tell perf of the code */
-       JIT_NO_X87 = 128 };
+       JIT_NO_X87 = 128, JIT_NO_GS = 256, JIT_NO_TRACES = 512, JIT_NO_BINDING = 1024 };
 
 bool jit_map(struct cpu *c, struct jit *j);
 void jit_unmap(struct jit *j);
@@ -128,6 +133,10 @@ struct emit {
     const uint8_t *bytes;    /* of the guest's code */
     struct jit_block *jb;
     uint32_t start;          /* of the block, in its page */
+    bool bound;              /* to this page: */
+    uint64_t page;
+    int64_t behind;          /* the terminator that is emitted, from the block's start */
+    unsigned nlinks;
     unsigned flags;          /* IN_* */
     struct recipe recipe;    /* with IN_RECIPE */
     bool carry_in_cc;        /* the instruction that is emitted leaves it there */
@@ -151,9 +160,11 @@ struct emit {
 static inline bool homed(unsigned guest) { return guest == R10 || guest == R11 || guest == R15; } /* in struct cpu */
 static inline unsigned host_reg(unsigned guest) { return guest == RSP ? GUEST_SP : guest; }
 
+static inline bool jit_runs_at(const struct jit_block *jb, uint64_t rip) { return !jb->bound || jb->page == (rip & PAGE_MASK_4K); }
+
 static inline const struct jit_block *jit_from(const struct jit_link *l)
 {
-    return (const struct jit_block *)((const char *)(l - l->second) - offsetof(struct jit_block, link));
+    return (const struct jit_block *)((const char *)(l - l->number) - offsetof(struct jit_block, link));
 }
 /* The jump leads to `target` (run address). */
 static inline void jit_lead(const struct jit *j, struct way w, const uint8_t *target)
@@ -161,6 +172,25 @@ static inline void jit_lead(const struct jit *j, struct way w, const uint8_t *ta
     set_target(j->write + w.site, j->run - j->write, target);
 }
 static inline void jit_lead_to_stub(const struct jit *j, struct way w) { jit_lead(j, w, j->run + w.stub); }
+
+/* Where the code runs is a constant of 32 bits, sign-extended: `offset` from the start of the page. */
+static inline bool jit_knows(const struct emit *e, int64_t offset, int32_t *address)
+{
+    int64_t sum = (int64_t)e->page + offset;
+    *address = (int32_t)sum;
+    return e->bound && sum == *address;
+}
+/* The linear address at this offset into a register. */
+static inline void jit_address(struct place_of_code *a, const struct emit *e, unsigned dst, int32_t offset)
+{
+    int32_t known;
+    if (jit_knows(e, offset, &known)) {
+        mov_imm(a, rm_reg(dst), known);
+        return;
+    }
+    mov_load(a, dst, FIELD(e, jit.page));
+    lea(a, true, dst, rm_mem(dst, offset));
+}
 
 void *jit_data(struct jit *j, size_t size); /* NULL: full */
 /* jit_insn.c: one instruction that does not end a block. False: it has no emission. observed: flags that may be seen after it */

@@ -119,8 +119,7 @@ void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned othe
 {
     bool wide = !(u->aflags & EA_A32);
     if (u->base == REG_BIP) {
-        mov_load(&e->a, dst, FIELD(e, jit.page));
-        lea(&e->a, true, dst, rm_mem(dst, u->disp + (int32_t)e->start));
+        jit_address(&e->a, e, dst, u->disp + (int32_t)e->start);
     } else {
         unsigned base = NO_REG, index = NO_REG;
         if (u->base != REG_ZERO)
@@ -139,27 +138,90 @@ static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned o
         put_insn(&e->a, 0, true, 0, 0x03, dst, rm_abs(&e->c->segbase[u->seg]), 0);
 }
 
-/* S0: linear address, or its low half; S1: that of the last byte, or of the first when it must be aligned (then no bit
- * of its offset in the page may differ from a multiple). Then S0 is the addend. */
-static void look_up(struct emit *e, bool write, struct slow *s)
+static size_t tag(bool write) { return write ? offsetof(struct tlb_entry, wr) : offsetof(struct tlb_entry, rd); }
+
+/* Of the linear address in `from`, its low half will do: S0, counted from the softTLB's start. */
+static void entry_of(struct emit *e, unsigned from)
 {
     struct place_of_code *a = &e->a;
-    shift_imm(a, false, 5, S0, 7);
+    if (from != S0 && e->j->rorx) {
+        rorx(a, S0, from, 7);
+    } else {
+        if (from != S0)
+            put_insn(a, 0, false, 0, 0x8b, S0, rm_reg(from), 0);
+        shift_imm(a, false, 5, S0, 7);
+    }
     alu_imm(a, false, 4, rm_reg(S0), (TLB_SIZE - 1) << 5);
-    put_insn(a, 0, true, 0, 0x03, S0, FIELD(e, tlb), 0);
+}
+
+/* `from`: the low half of the linear address; S1: the address of the last byte, or of the first when it must be aligned
+ * (then no bit of its offset in the page may differ from a multiple). Then S0 is the addend. */
+static void look_up(struct emit *e, unsigned from, bool write, struct slow *s)
+{
+    struct place_of_code *a = &e->a;
+    unsigned gs = e->j->gs ? P_GS : 0;
+    entry_of(e, from);
+    if (!gs)
+        put_insn(a, 0, true, 0, 0x03, S0, FIELD(e, tlb), 0);
     alu_imm(a, true, 4, rm_reg(S1), e->aligned ? -4096 | (int32_t)(e->aligned - 1) : -4096);
-    put_insn(a, 0, true, 0, 0x3b, S1, rm_mem(S0, write ? offsetof(struct tlb_entry, wr) : offsetof(struct tlb_entry, rd)), 0);
+    put_insn(a, gs, true, 0, 0x3b, S1, rm_mem(S0, (int32_t)tag(write)), 0);
     jit_slow_if(e, s, COND_NZ);
-    mov_load(a, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)));
+    put_insn(a, gs, true, 0, 0x8b, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)), 0);
+}
+
+/* An address whose offset in its page is known, and so that it ends there: relative to RIP, or a constant. */
+static bool fixed_place(const struct emit *e, const struct uop *u, unsigned size, int64_t *disp, bool *constant)
+{
+    int32_t known;
+    *disp = (int64_t)u->disp + (u->base == REG_BIP ? e->start : 0);
+    *constant = u->base == REG_ZERO;
+    if (u->base == REG_BIP && jit_knows(e, *disp, &known)) {
+        *disp = known;
+        *constant = true;
+    }
+    return e->j->gs && (u->base == REG_BIP || u->base == REG_ZERO) && u->index == REG_ZERO && !u->aflags &&
+           (*disp & 0xfff) + size <= 4096 && !(*disp & (e->aligned ? e->aligned - 1 : 0));
+}
+
+static struct rm look_up_fixed(struct emit *e, int64_t disp, bool constant, bool write, struct slow *s, bool want_s1)
+{
+    struct place_of_code *a = &e->a;
+    int32_t page = (int32_t)(disp & ~0xfffll);
+    if (constant) { /* so is its entry */
+        struct rm entry = {.mem = true, .base = NO_REG, .index = NO_REG, .disp = (int32_t)((uint32_t)page >> 12 & (TLB_SIZE - 1)) << 5};
+        entry.disp += (int32_t)tag(write);
+        put_insn(a, P_GS, true, 0, 0x81, 7, entry, 4); /* CMP entry, page */
+        put4(a, (uint32_t)page);
+        jit_slow_if(e, s, COND_NZ);
+        entry.disp += (int32_t)(offsetof(struct tlb_entry, addend) - tag(write));
+        put_insn(a, P_GS, true, 0, 0x8b, S0, entry, 0);
+        return rm_mem(S0, (int32_t)disp);
+    }
+    mov_load(a, S1, FIELD(e, jit.page));
+    if (page)
+        alu_imm(a, true, 0, rm_reg(S1), page);
+    entry_of(e, S1);
+    put_insn(a, P_GS, true, 0, 0x3b, S1, rm_mem(S0, (int32_t)tag(write)), 0);
+    jit_slow_if(e, s, COND_NZ);
+    put_insn(a, P_GS, true, 0, 0x8b, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)), 0);
+    if (!want_s1)
+        return rm_sib(S0, S1, 0, (int32_t)(disp & 0xfff));
+    put_insn(a, 0, true, 0, 0x03, S0, rm_reg(S1), 0);
+    return rm_mem(S0, (int32_t)(disp & 0xfff));
 }
 
 struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s)
 {
     if (e->group)
         return rm_sib(base, S0, 0, disp);
-    lea(&e->a, true, S1, rm_mem(base, disp + (e->aligned ? 0 : (int32_t)size - 1)));
-    lea(&e->a, false, S0, rm_mem(base, disp));
-    look_up(e, write, s);
+    int32_t last = disp + (e->aligned ? 0 : (int32_t)size - 1);
+    if (last)
+        lea(&e->a, true, S1, rm_mem(base, last));
+    else
+        mov_rr(&e->a, S1, base);
+    if (disp)
+        lea(&e->a, false, S0, rm_mem(base, disp));
+    look_up(e, disp ? S0 : base, write, s);
     return rm_sib(base, S0, 0, disp);
 }
 
@@ -169,12 +231,19 @@ struct rm jit_operand(struct emit *e, const struct decoded *d, unsigned size, bo
     struct place_of_code *a = &e->a;
     if (plain(u) && u->index == REG_ZERO && u->base != REG_ZERO)
         return jit_probe(e, host_reg(guest_of(u->base)), u->disp, size, write, s);
+    int64_t disp;
+    bool constant;
+    if (fixed_place(e, u, size, &disp, &constant))
+        return look_up_fixed(e, disp, constant, write, s, want_s1);
     bool both = u->base < REG_ZERO && u->index < REG_ZERO && homed(guest_of(u->base)) && homed(guest_of(u->index));
     linear(e, u, S0, S1);
     if (both)
         mov_store(a, FIELD(e, scratch[2]), S0);
-    lea(a, true, S1, rm_mem(S0, e->aligned ? 0 : (int32_t)size - 1));
-    look_up(e, write, s);
+    if (e->aligned || size == 1)
+        mov_rr(a, S1, S0);
+    else
+        lea(a, true, S1, rm_mem(S0, (int32_t)size - 1));
+    look_up(e, S0, write, s);
     if (both)
         mov_load(a, S1, FIELD(e, scratch[2]));
     else
@@ -377,6 +446,11 @@ static bool load_address(struct emit *e, const struct decoded *d)
     unsigned guest = guest_of(u->d), dst = homed(guest) ? S0 : host_reg(guest);
     struct place_of_code *a = &e->a;
     struct rm m;
+    if (u->base == REG_BIP && d->enc.osize == 8) {
+        jit_address(a, e, dst, u->disp + (int32_t)e->start);
+        give_back(e, (int)guest, dst);
+        return true;
+    }
     if (u->base == REG_BIP) {
         mov_load(a, S0, FIELD(e, jit.page));
         m = rm_mem(S0, u->disp + (int32_t)e->start);

@@ -121,6 +121,19 @@ static void go_on(struct place_of_code *a, struct cpu *c)
     put_insn(a, 0, false, 0, 0xff, 4, rm_reg(S0), 0);
 }
 
+/* GS is c->tlb: at first, and behind C that may have changed it. Clobbers S1. */
+static void load_gs(struct place_of_code *a, struct cpu *c, const struct jit *j)
+{
+    if (!j->gs)
+        return;
+    mov_load(a, S1, rm_abs(&c->tlb));
+    put_insn(a, 0, true, 0, 0x3b, S1, rm_abs(&c->jit.gs), 0);
+    uint8_t *same = jcc32(a, COND_Z);
+    mov_store(a, rm_abs(&c->jit.gs), S1);
+    wrgsbase(a, S1);
+    set_target(same, a->delta, run_address(a));
+}
+
 void jit_thunks(struct cpu *c, struct jit *j)
 {
     struct place_of_code a = {j->write, j->run - j->write};
@@ -134,6 +147,7 @@ void jit_thunks(struct cpu *c, struct jit *j)
     put_insn(&a, 0, true, 0, 0x83, 5, rm_reg(RSP), 1);
     put1(&a, 8);
     mov_rr(&a, RAX, RDI);
+    load_gs(&a, c, j);
     go_on(&a, c);
 
     j->exit_rip = run_address(&a); /* c->rip is set */
@@ -175,6 +189,7 @@ void jit_thunks(struct cpu *c, struct jit *j)
     j->helper_half = call_c(&a, c, (uintptr_t)jit_call);
     lea(&a, true, RSP, rm_mem(RSP, 8));
     uint8_t *gone = jcc32(&a, COND_Z);
+    load_gs(&a, c, j);
     put_insn(&a, 0, true, 0, 0x3b, RAX, rm_mem(RSP, 0), 0);
     uint8_t *elsewhere = jcc32(&a, COND_NZ);
     load_pins(&a, c);

@@ -72,10 +72,11 @@ static long host_code(struct cpu *c, struct kvmpy_host_code *out)
     out->size = jb->hot_bytes;
     out->out_of_line = jb->cold_bytes;
     out->host = (uintptr_t)jb->entry;
-    out->guest_bytes = b->bytes;
-    out->insns = jb->mapped ? b->ninsn : 0;
+    out->guest_bytes = b->bytes + b->more;
+    out->insns = jb->at ? jb->ninsn : 0;
     memset(out->at, 0, sizeof out->at);
-    memcpy(out->at, jb->at, out->insns * sizeof out->at[0]);
+    if (out->insns)
+        memcpy(out->at, jb->at, out->insns * sizeof out->at[0]);
     return 0;
 }
 

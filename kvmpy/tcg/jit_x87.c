@@ -83,8 +83,7 @@ void jit_store_fip(struct place_of_code *a, struct emit *e, unsigned fip)
 {
     if (!fip)
         return;
-    mov_load(a, S1, FIELD(e, jit.page));
-    lea(a, true, S1, rm_mem(S1, (int32_t)fip - 1));
+    jit_address(a, e, S1, (int32_t)fip - 1);
     mov_store(a, FIELD(e, fpu.fip), S1);
     store_flag(a, (uint8_t *)&e->c->jit.x87.fip_written, 1);
 }

@@ -56,6 +56,7 @@ static void collect(struct vcpu *vcpu, struct vcpu_stats *out)
     out->jit_insns = c->stat.jit_insns;
     out->jit_helpers = c->stat.jit_helpers;
     out->jit_links = c->stat.jit_links;
+    out->jit_joined = c->stat.jit_joined;
 }
 
 long stats_pread(struct tcg_vm *vm, struct vcpu *vcpu, void *buffer, size_t size, uint64_t offset)

@@ -14,7 +14,7 @@
     X(exits) X(io_exits) X(mmio_exits) X(halt_exits) X(signal_exits) X(irq_window_exits) X(debug_exits)            \
     X(msr_exits) X(hypercalls) X(request_exits) X(irq_injections) X(nmi_injections) X(halt_sleeps) X(engine_io)    \
     X(insns) X(blocks) X(lookups) X(tlb_misses) X(page_walks) X(tlb_flushes) X(code_invalidations) X(faults) X(slow_path) \
-    X(jit_blocks) X(jit_insns) X(jit_helpers) X(jit_links)
+    X(jit_blocks) X(jit_insns) X(jit_helpers) X(jit_links) X(jit_joined)
 
 #define STAT_FIELD(name) uint64_t name;
 struct vm_stats { VM_STATS(STAT_FIELD) };

@@ -89,7 +89,9 @@ struct block {           /* 64 bytes: a processor has tens of thousands */
     uint8_t ninsn, nuop;
     bool dead;           /* forgotten; memory goes back at the next flush */
     bool crosses;        /* one instruction that goes on in the next page: a struct crossing is behind uops and links */
-    uint8_t nlinks;
+    uint8_t nlinks : 2;
+    bool roams : 1;      /* its page is mapped in several places: its host code takes no constants from one */
+    uint8_t more;        /* bytes behind its own that its host code covers */
     uint32_t count;      /* executions, for the JIT's threshold */
     struct jit_block *host_code; /* NULL: none */
     uop_fn first;        /* handler of the first micro-op, where the JIT has put its own */

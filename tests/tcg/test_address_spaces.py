@@ -63,6 +63,65 @@ ENABLE = """
 """
 
 
+@pytest.mark.parametrize("place", [0x40000000, 0x140000000], ids=["below 2 GiB", "above"])
+def test_code_page_mapped_twice(backend, place):
+    """One page of code at two places, before different pages: a jump to the next page leads to that of its place."""
+    body = f"""
+    %define PLACE {place:#x}
+    start:
+    mov qword [0xa000 + (PLACE >> 30) * 8], 0x50003
+    mov qword [0x50000], 0x51003
+    mov qword [0x51000], 0x60003
+    mov qword [0x51008], 0x61003
+    mov qword [0x51010], 0x60003
+    mov qword [0x51018], 0x62003
+    mov rsi, page
+    mov edi, 0x60000
+    mov ecx, page_end - page
+    rep movsb
+    mov rsi, one
+    mov edi, 0x61000
+    mov ecx, 6
+    rep movsb
+    mov rsi, two
+    mov edi, 0x62000
+    mov ecx, 6
+    rep movsb
+    xor ebx, ebx
+    xor ebp, ebp
+    mov r12d, 200
+    mov r13, PLACE
+    again:
+    call r13
+    add rbx, rax
+    sub rdx, r13
+    add rbp, rdx
+    add r13, 0x2000
+    call r13
+    sub r13, 0x2000
+    add rbx, rax
+    sub rdx, r13
+    add rbp, rdx
+    dec r12d
+    jnz again
+    SAVE rbx
+    SAVE rbp
+    DONE
+    page:
+    lea rdx, [rel page]
+    db 0xe9                 ; jmp to the next page
+    dd 0x1000 - (page_end - page)
+    page_end:
+    one:
+    mov eax, 1
+    ret
+    two:
+    mov eax, 2
+    ret
+    """
+    assert lab.run(backend, body) == [200 * 3, 200 * 0x2000]
+
+
 def test_pcid_keeps_and_drops(backend):
     body = """
     CR3 A_+1

@@ -4,7 +4,7 @@
  *
  * An input (guest.h) runs in the interpreter first. If it comes to an end by itself within some instructions (HLT,
  * triple fault, an error; handlers of exceptions mostly lead to HLT) it runs again, each block as host code from its first
- * time on, and must come to the same end bit by bit. Host code counts instructions too low and looks at requests at fewer
+ * or one of its next times on, and must come to the same end bit by bit. Host code counts instructions too low and looks at requests at fewer
  * places, so nothing here depends on either: no interrupts come, time stands still, and the second run has no limit but a
  * minute of kicks. A kicked run is not compared, for a REP that overwrites itself shows the kick.
  *
@@ -18,7 +18,7 @@
 #include "doubt.h"
 #include "end.h"
 #include "invariants.h"
-#include "jit.h"
+#include "jit_code.h"
 #include "optable.h"
 
 enum { INSTRUCTIONS = 1000, STOPS = 64, SLICE_MS = 20, NO_JIT = 3 };
@@ -52,6 +52,7 @@ static bool run(const uint8_t *data, size_t size, bool host_code, struct end *en
 
     guest_reset(data, size);
     remember_memory();
+    jit->threshold = size & 3; /* at once, or when it is known which way branches go */
     c->jit.state = host_code ? jit : NULL;
     c->deadline = host_code ? ~0ull : cpu_insns(c) + INSTRUCTIONS;
     uint64_t before = translations(c);
@@ -81,7 +82,6 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     (void)argc, (void)argv;
     setenv("KVMPY_TCG", "jit", 1);
-    setenv("KVMPY_JIT_THRESHOLD", "0", 0);
     setenv("KVMPY_JIT", "all", 0);
     guest_open();
     jit = guest.cpu->jit.state;
