@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import fuzzing
 import pytest
 
 from kvmpy.block import Follow, Qcow2Disk, create_disk, open_disk
@@ -301,9 +302,6 @@ SAMPLES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "vmdk descriptor": ("vmdk", vmdk_descriptor_sample),
     "vmdk stream": ("vmdk", vmdk_stream_sample),
 }
-ROUNDS = int(os.environ.get("KVMPY_FUZZ_ROUNDS", "60"))
-
-
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
 def test_fuzzed_image_never_crashes(tmp_path: Path, sample: tuple[str, Callable[[Path], None]]) -> None:
     format, make = sample
@@ -311,7 +309,7 @@ def test_fuzzed_image_never_crashes(tmp_path: Path, sample: tuple[str, Callable[
     good = (tmp_path / "sample").read_bytes()
     path = tmp_path / "fuzzed"
     interesting = [0, 1, 0x7F, 0x80, 0xFF]
-    for seed in range(ROUNDS):
+    for seed in fuzzing.seeds(60):
         rnd = random.Random(seed)
         data = bytearray(good)
         for _ in range(rnd.choice([1, 2, 8, 64])):
@@ -323,5 +321,9 @@ def test_fuzzed_image_never_crashes(tmp_path: Path, sample: tuple[str, Callable[
         if rnd.random() < 0.2:
             del data[rnd.randrange(len(data)) :]
         path.write_bytes(data)
-        walk(path, format, tmp_path)
+        try:
+            walk(path, format, tmp_path)
+        except BaseException as e:
+            e.add_note(f"seed {seed}")
+            raise
         assert path.stat().st_blocks * 512 < 64 << 20, f"seed {seed}: the image ran away"

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random drivers with fixed seeds, in the test's own thread so that a failure repeats.
 
-KVMPY_FUZZ_SECONDS=1800 makes each target run that long with new seeds; a failing seed is in the assertion's text.
+KVMPY_FUZZ_SECONDS=1800 makes each of them run that long with new seeds.
 """
 
-import itertools
-import os
 import random
 import socket
 import struct
 import tempfile
-import time
 from pathlib import Path
 
+import fuzzing
 import pytest
 from test_virtio_blk import ALL, MemoryDisk
 from virtio_rig import HEAP, HEAP_END, HIGH, HOLE, ROM, TOP, Rig
@@ -23,21 +21,7 @@ from kvmpy.virtio import Balloon, Blk, ConsoleDevice, Net, Port, Rng, SharedFold
 from kvmpy.virtio import features as f
 from kvmpy.virtio.testing import PackedQueue
 
-SECONDS = float(os.environ.get("KVMPY_FUZZ_SECONDS", "0"))
-ROUNDS = 120
 REGISTERS = [0x14, 0x20, 0x24, 0x30, 0x38, 0x44, 0x50, 0x64, 0x70, *range(0x80, 0xA8, 4), 0xC0]
-
-
-def rounds():
-    """Fixed seeds; with KVMPY_FUZZ_SECONDS as many as fit."""
-    if not SECONDS:
-        yield from range(ROUNDS)
-        return
-    end = time.monotonic() + SECONDS
-    for seed in itertools.count(random.SystemRandom().getrandbits(48)):
-        if time.monotonic() > end:
-            return
-        yield seed
 
 
 def make_blk(memory):
@@ -161,7 +145,7 @@ def test_random_drivers(kind, ring):
     device.warn._left = 0
     with Rig(device, memory) as rig:
         before = rig.canary()
-        for seed in rounds():
+        for seed in fuzzing.seeds(120):
             rng = random.Random(seed)
             driver = rig.driver
             wanted = device.features if rng.random() < 0.8 else f.EVENT_IDX
@@ -204,7 +188,7 @@ def test_random_states_are_refused_or_loaded():
         rig.start(ALL)
         state = rig.transport.save()
         loaded = 0
-        for seed in rounds():
+        for seed in fuzzing.seeds(120):
             rng = random.Random(seed)
             broken = dict(state)
             key = rng.choice(list(broken))
