@@ -348,6 +348,8 @@ struct block *block_peek(struct cpu *c)
     return NULL;
 }
 
+const uint8_t *block_second(const struct block *b) { return crossing_of(b)->host; }
+
 struct block *block_known(struct cpu *c, const uint8_t *host, uint32_t mode)
 {
     for (struct block *b = block_by(c->cache, c->cache->hash[hash_of(host, mode)]); b; b = block_by(c->cache, b->hash_next))

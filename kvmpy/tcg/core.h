@@ -16,6 +16,7 @@ struct block *block_find(struct cpu *c, uint32_t mode); /* for c->rip; may fault
 struct block *block_peek(struct cpu *c);
 struct block *block_at(struct cpu *c, uint64_t lin); /* any that is there, without side effects */
 struct block *block_known(struct cpu *c, const uint8_t *host, uint32_t mode); /* the same by its first byte */
+const uint8_t *block_second(const struct block *b); /* b->crosses: the second page in host memory */
 void block_connect(struct cpu *c, struct link *link, struct block *to);
 bool block_init(struct cpu *c);
 void block_free(struct cpu *c);

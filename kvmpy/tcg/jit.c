@@ -7,7 +7,7 @@
  * Contexts: a number per mode, until the softTLB of that mode is flushed; then the mode gets a new one. What was proved
  * under a context ("RIP leads to this host page") holds as long as the number: an evicted TLB entry changes nothing,
  * for a processor may keep a translation until it is told. MOV CR3 leaves the kernel's number alone as long as only
- * global pages were proved for it; INVLPG changes them only when the page may be among those proved (a small filter).
+ * global pages were proved for it, and parks the user's with its PCID; INVLPG changes them only when the page may be among those proved (a small filter).
  */
 #include "jit_code.h"
 
@@ -162,6 +162,7 @@ void jit_update_context(struct cpu *c)
     if (++j->last_serial % IDS == 0) { /* identities come round again */
         forget_all_targets(j);
         memset(j->contexts, 0, sizeof j->contexts);
+        j->epoch++;
     }
     if (slot == MAX_CONTEXTS)
         slot = j->next_victim++ % MAX_CONTEXTS;
@@ -181,12 +182,35 @@ void jit_forget_addresses(struct cpu *c, bool global_too)
             j->contexts[i].serial = 0;
     if (global_too) {
         j->kernel_local = false;
+        j->epoch++;
         memset(j->pages, 0, sizeof j->pages);
     }
     jit_update_context(c);
 }
 
-static unsigned page_bit(uint64_t lin) { return (unsigned)((lin >> 12) * 0x9e3779b97f4a7c15ull >> 52); }
+struct jit_parked jit_park(const struct cpu *c)
+{
+    const struct jit *j = c->jit.state;
+    for (unsigned i = 0; j && i < MAX_CONTEXTS; i++)
+        if (j->contexts[i].serial && j->contexts[i].mode & MODE_USER)
+            return (struct jit_parked){j->contexts[i].serial, j->epoch, j->contexts[i].mode};
+    return (struct jit_parked){0};
+}
+
+void jit_unpark(struct cpu *c, struct jit_parked p)
+{
+    struct jit *j = c->jit.state;
+    if (!j || !p.serial || p.epoch != j->epoch)
+        return;
+    for (unsigned i = 0; i < MAX_CONTEXTS; i++)
+        if (!j->contexts[i].serial) {
+            j->contexts[i].mode = p.mode;
+            j->contexts[i].serial = p.serial;
+            return;
+        }
+}
+
+static unsigned page_bit(uint64_t lin) { return (unsigned)((lin >> 12) * 0x9e3779b97f4a7c15ull >> (64 - PROVED_BITS)); }
 
 void jit_forget_page(struct cpu *c, uint64_t lin)
 {
@@ -309,6 +333,18 @@ const uint8_t *jit_prove(struct cpu *c, struct jit_link *l)
     return l->to->entry;
 }
 
+/* The same for the page behind the running one. */
+uintptr_t jit_prove_second(struct cpu *c, struct jit_second *s)
+{
+    uint64_t next = c->jit.page + 4096;
+    if (known_code(c, next) != s->host)
+        return 0;
+    proving(c, next);
+    s->serial = c->jit.serial;
+    s->page = c->jit.page;
+    return 1;
+}
+
 /* Host code for c->rip, in the present mode; NULL: the loop shall look. */
 const uint8_t *jit_find(struct cpu *c)
 {
@@ -416,7 +452,7 @@ void jit_flush(struct cpu *c)
 void jit_new_block(struct cpu *c, struct block *b)
 {
     b->first = b->uops[0].fn;
-    if (!c->jit.state || b->crosses || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
+    if (!c->jit.state || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
         return;
     b->uops[0].fn = op_jit_count;
 }

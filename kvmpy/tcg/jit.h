@@ -32,6 +32,9 @@
 #define HAVE_JIT 0
 #endif
 
+/* What was proved of an address space that is left, for when it comes back. serial 0: nothing. */
+struct jit_parked { uint64_t serial, epoch; uint32_t mode; };
+
 #if HAVE_JIT
 void jit_init(struct cpu *c);                     /* leaves c->jit.state NULL where there can be none */
 void jit_free(struct cpu *c);
@@ -41,6 +44,8 @@ void jit_flush(struct cpu *c);                    /* all blocks are forgotten */
 void jit_update_context(struct cpu *c);           /* c->mode changed */
 void jit_forget_addresses(struct cpu *c, bool global_too); /* the softTLB was flushed */
 void jit_forget_page(struct cpu *c, uint64_t lin); /* INVLPG */
+struct jit_parked jit_park(const struct cpu *c); /* before the softTLB is flushed */
+void jit_unpark(struct cpu *c, struct jit_parked p); /* after that */
 bool jit_is_full(const struct cpu *c);
 /* Around everything that runs host code: the host's GS base is ours meanwhile. */
 uint64_t jit_borrow_gs(struct cpu *c);
@@ -54,6 +59,8 @@ static inline void jit_flush(struct cpu *c) { (void)c; }
 static inline void jit_update_context(struct cpu *c) { (void)c; }
 static inline void jit_forget_addresses(struct cpu *c, bool global_too) { (void)c, (void)global_too; }
 static inline void jit_forget_page(struct cpu *c, uint64_t lin) { (void)c, (void)lin; }
+static inline struct jit_parked jit_park(const struct cpu *c) { (void)c; return (struct jit_parked){0}; }
+static inline void jit_unpark(struct cpu *c, struct jit_parked p) { (void)c, (void)p; }
 static inline bool jit_is_full(const struct cpu *c) { (void)c; return false; }
 static inline uint64_t jit_borrow_gs(struct cpu *c) { (void)c; return 0; }
 static inline void jit_return_gs(const struct cpu *c, uint64_t base) { (void)c, (void)base; }

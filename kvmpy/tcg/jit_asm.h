@@ -31,6 +31,7 @@ static inline struct rm rm_sib(unsigned base, unsigned index, unsigned scale, in
 {
     return (struct rm){.mem = true, .base = (uint8_t)base, .index = (uint8_t)index, .scale = (uint8_t)scale, .disp = disp};
 }
+static inline struct rm rm_disp(int32_t disp) { return (struct rm){.mem = true, .base = NO_REG, .index = NO_REG, .disp = disp}; } /* no register */
 static inline struct rm rm_abs(const void *target) { return (struct rm){.mem = true, .base = NO_REG, .index = NO_REG, .target = target}; }
 
 static inline void put1(AS, unsigned v) { *a->p++ = (uint8_t)v; }

@@ -6,6 +6,9 @@
  * ways out, whose flags and registers know of each other. The blocks behind exist besides, for whoever comes there
  * another way.
  *
+ * An instruction that crosses into the next page is a block of its own; its code looks first whether that still is the
+ * page it was, as links out of the page do.
+ *
  * The block's bytes are decoded once more, for the encodings; if that does not give the block's own micro-ops (a store
  * by another processor is on its way here), there is no host code.
  *
@@ -420,9 +423,10 @@ static bool decode_again(struct cpu *c, const struct block *b, unsigned at, uint
 {
     const struct uop *u = b->uops;
     unsigned pos = 0;
+    unsigned first = b->crosses ? 4096 - (b->gpa & 0xfff) : b->bytes;
     memset(bytes, 0, 16 + b->bytes);
     for (unsigned i = 0; i < b->bytes; i++)
-        bytes[i] = ((volatile uint8_t *)b->host)[i];
+        bytes[i] = *(i < first ? (const volatile uint8_t *)b->host + i : (const volatile uint8_t *)block_second(b) + (i - first));
     for (unsigned i = 0; i < b->ninsn; i++) {
         if (pos >= b->bytes || decode_insn(bytes + pos, b->bytes - pos, b->mode, c->features, pos, &d[i]) != DECODE_OK)
             return false;
@@ -448,6 +452,27 @@ static struct block *next_of_trace(struct cpu *c, const struct block *head, cons
     if (!b || b->crosses || n + b->ninsn > MAX_INSNS || size + b->bytes > MAX_BYTES || b->count * 4 < j->threshold)
         return NULL;
     return b;
+}
+
+/* At the start of an instruction that crosses into the next page: is it the page that was decoded? Else the
+ * interpreter's. */
+static void check_second(struct emit *e)
+{
+    struct jit_second *s = jit_data(e->j, sizeof *s);
+    struct place_of_code *a = &e->a, *k = &e->k;
+    s->host = block_second(e->b);
+    mov_load(a, S0, FIELD(e, jit.serial));
+    put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&s->serial), 0);
+    set_target(jcc32(a, COND_NZ), a->delta, run_address(k));
+    if (!e->bound) {
+        mov_load(a, S0, FIELD(e, jit.page));
+        put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&s->page), 0);
+        set_target(jcc32(a, COND_NZ), a->delta, run_address(k));
+    }
+    lea(k, true, S0, rm_abs(s));
+    call_to(k, e->j->second);
+    leave_from(e, jcc32(k, COND_Z), e->start);
+    jump_to(k, run_address(a));
 }
 
 static void slow_paths(struct emit *e)
@@ -511,6 +536,8 @@ static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const str
     e->jb->page = e->page;
     e->jb->entry = run_address(&e->a);
     e->jb->flags_in = flags_in;
+    if (b->crosses)
+        check_second(e);
     for (; done < n && !end; done++) {
         const struct decoded *i = &d[done];
         if (e->jb->at)

@@ -14,6 +14,7 @@
 #define CODE_SLACK (96u << 10) /* more than one block can need */
 #define TARGET_BITS 14
 #define MAX_CONTEXTS 16
+#define PROVED_BITS 16 /* a thousand pages are usual, and a page taken for one of them costs all proofs */
 
 /* A host address for an indirect jump: key is RIP ^ context. */
 struct target { uint64_t key; const uint8_t *code; uint64_t page; uintptr_t block; };
@@ -35,6 +36,9 @@ struct jit_link {
     bool leaves_page;
     bool saved;              /* the flags are in c->cc before the near jump already */
 };
+
+/* What an instruction that crosses into the next page needs besides: that this still is the page. */
+struct jit_second { uint64_t serial, page; const uint8_t *host; }; /* as in a link */
 
 struct jit_block {
     struct block *block;
@@ -63,7 +67,7 @@ struct jit {
     bool gs;                 /* the host's GS base is c->tlb while host code runs: probes need not load it */
     bool rorx;
     const uint8_t *(*enter)(const uint8_t *code); /* returns a link or NULL with c->rip set */
-    const uint8_t *helper, *exit_link, *exit_rip, *prove, *find; /* thunks */
+    const uint8_t *helper, *exit_link, *exit_rip, *prove, *find, *second; /* thunks */
     struct jit_link *pending;  /* host code left by it and c->jit.pending_rip is where it leads */
     uint64_t pending_rip;
     struct block nowhere;    /* c->block while host code runs; has no instructions */
@@ -72,8 +76,9 @@ struct jit {
     struct { uint32_t mode; uint64_t serial; } contexts[MAX_CONTEXTS]; /* serial 0: free */
     uint64_t last_serial;
     unsigned next_victim;
+    uint64_t epoch;          /* changes when all proofs are void, those of parked address spaces too */
     bool kernel_local;       /* a page that is not global has been proved for the kernel */
-    uint64_t pages[64];      /* filter of pages that have been proved */
+    uint64_t pages[(1 << PROVED_BITS) / 64]; /* filter of pages that have been proved */
     uint64_t (*calls)[2];    /* of handlers by row, from hot and from cold code; NULL: nobody asked (jit_profile.c) */
     uint8_t *helper_half;    /* where the helper thunk names its C half */
 };
@@ -88,6 +93,7 @@ void jit_thunks(struct cpu *c, struct jit *j);
 const uint8_t *jit_call(struct cpu *c, const struct uop *u, const uint8_t *behind);
 const uint8_t *jit_prove(struct cpu *c, struct jit_link *l);
 const uint8_t *jit_find(struct cpu *c);
+uintptr_t jit_prove_second(struct cpu *c, struct jit_second *s); /* not 0: it holds */
 bool jit_compile(struct cpu *c, struct block *b);
 struct piece { const uint8_t *start; unsigned size; };
 void jit_tell_perf(uint64_t rip, const struct piece *pieces, unsigned count); /* jit_perf.c */
@@ -158,6 +164,7 @@ struct emit {
 #define S1 11
 
 static inline bool homed(unsigned guest) { return guest == R10 || guest == R11 || guest == R15; } /* in struct cpu */
+static inline unsigned jit_guest(uint8_t offset) { return offset / 8; } /* of an operand in a micro-op */
 static inline unsigned host_reg(unsigned guest) { return guest == RSP ? GUEST_SP : guest; }
 
 static inline bool jit_runs_at(const struct jit_block *jb, uint64_t rip) { return !jb->bound || jb->page == (rip & PAGE_MASK_4K); }
@@ -201,6 +208,9 @@ struct uop *jit_begin_uops(struct emit *e);
 void jit_end_uops(struct emit *e, struct uop *end);
 /* Micro-op of a slow path or helper call; fn NULL: its own */
 const struct uop *jit_copy_uop(struct emit *e, const struct decoded *d, uop_fn fn);
+/* `from`: the low half of the linear address; S1: the address of the last byte, or of the first when it must be aligned
+ * (then no bit of its offset in the page may differ from a multiple). Then S0 is the addend. */
+void jit_look_up(struct emit *e, unsigned from, bool write, struct slow *s);
 /* Proves an access of `size` bytes at host register `base` + disp and gives the operand. Clobbers S0, S1, EFLAGS. */
 struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s);
 struct rm jit_operand(struct emit *e, const struct decoded *d, unsigned size, bool write, struct slow *s, bool want_s1);
@@ -217,6 +227,7 @@ struct operands {
 void jit_find_operands(const struct decoded *d, struct operands *o);
 unsigned jit_count_homed(const struct operands *o);
 bool jit_copy_access(const struct decoded *d, unsigned *size, bool *write); /* as JIT_COPY does; false: it would not */
+unsigned jit_half(struct emit *e, uint8_t offset, unsigned tmp); /* a base or index: in which register it is, `tmp` if it lives in memory */
 /* The address within its segment into dst; `other` is used only when base and index both live in memory. */
 void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned other);
 void jit_leave_if(struct emit *e, unsigned cond, uint32_t offset);

@@ -61,11 +61,15 @@ unsigned jit_written(const struct decoded *d)
         return 1u << RAX; /* FNSTSW AX */
     if (r->jit == JIT_LEAVE)
         return 1u << RSP | 1u << RBP;
+    if (r->jit == JIT_MOVS || r->jit == JIT_STOS)
+        return 1u << RSI | 1u << RDI | 1u << RCX;
     if (r->jit == JIT_FIXED)
         return 1u << RAX | 1u << RDX;
     if (r->jit == JIT_XCHGAX)
         return 1u << RAX | 1u << d->uop.d / 8;
-    if (r->jit == JIT_PUSH || r->jit == JIT_CALL || r->jit == JIT_CALLIND)
+    if (r->jit == JIT_CLI || r->jit == JIT_SWAPGS)
+        return 0;
+    if (r->jit == JIT_PUSH || r->jit == JIT_PUSHF || r->jit == JIT_CALL || r->jit == JIT_CALLIND)
         return 1u << RSP;
     jit_find_operands(d, &o);
     unsigned named = 0;

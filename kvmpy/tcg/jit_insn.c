@@ -9,8 +9,6 @@
 #if HAVE_JIT
 #include "optable.h"
 
-_Static_assert(sizeof(struct tlb_entry) == 32, "the probe computes an entry's place by shifts");
-
 /* ---- the interpreter's handlers ---- */
 
 struct uop *jit_begin_uops(struct emit *e)
@@ -81,177 +79,6 @@ void jit_resume(struct emit *e, const struct decoded *d, struct slow *s)
     s->resume = run_address(&e->a);
     s->restore = e->flags & (IN_EFLAGS | BUT_CARRY);
     s->reload = e->held;
-}
-
-/* ---- memory operands ---- */
-
-static unsigned guest_of(uint8_t offset) { return offset / 8; }
-
-/* Neither base nor index in memory, no segment, no 32-bit wrap: one addressing mode says it. */
-static bool plain(const struct uop *u)
-{
-    if (u->aflags || u->base == REG_BIP)
-        return false;
-    return (u->base == REG_ZERO || !homed(guest_of(u->base))) && (u->index == REG_ZERO || !homed(guest_of(u->index)));
-}
-
-bool jit_can_address(const struct emit *e, const struct decoded *d)
-{
-    const struct uop *u = &d->uop;
-    int64_t disp = (int64_t)u->disp + (u->base == REG_BIP ? e->start : 0);
-    if (d->has_prefix || u->aflags & (EA_CHECK | EA_A16) || u->base == REG_SCRATCH || disp > 0x7fffff00 || disp < -0x7fffff00)
-        return false;
-    if (u->base == REG_BIP)
-        return u->index == REG_ZERO && !(u->aflags & EA_A32);
-    return true;
-}
-
-/* One half of an address into a register: from where it lives, or where it is. */
-static unsigned half(struct emit *e, uint8_t offset, unsigned tmp)
-{
-    if (!homed(guest_of(offset)))
-        return host_reg(guest_of(offset));
-    mov_load(&e->a, tmp, rm_abs(&e->c->gpr[guest_of(offset)]));
-    return tmp;
-}
-
-void jit_offset(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
-{
-    bool wide = !(u->aflags & EA_A32);
-    if (u->base == REG_BIP) {
-        jit_address(&e->a, e, dst, u->disp + (int32_t)e->start);
-    } else {
-        unsigned base = NO_REG, index = NO_REG;
-        if (u->base != REG_ZERO)
-            base = half(e, u->base, dst);
-        if (u->index != REG_ZERO)
-            index = half(e, u->index, base == dst ? other : dst);
-        lea(&e->a, wide, dst, rm_sib(base, index, u->scale, u->disp));
-    }
-}
-
-/* The linear address. */
-static void linear(struct emit *e, const struct uop *u, unsigned dst, unsigned other)
-{
-    jit_offset(e, u, dst, other);
-    if (u->aflags & EA_SEG)
-        put_insn(&e->a, 0, true, 0, 0x03, dst, rm_abs(&e->c->segbase[u->seg]), 0);
-}
-
-static size_t tag(bool write) { return write ? offsetof(struct tlb_entry, wr) : offsetof(struct tlb_entry, rd); }
-
-/* Of the linear address in `from`, its low half will do: S0, counted from the softTLB's start. */
-static void entry_of(struct emit *e, unsigned from)
-{
-    struct place_of_code *a = &e->a;
-    if (from != S0 && e->j->rorx) {
-        rorx(a, S0, from, 7);
-    } else {
-        if (from != S0)
-            put_insn(a, 0, false, 0, 0x8b, S0, rm_reg(from), 0);
-        shift_imm(a, false, 5, S0, 7);
-    }
-    alu_imm(a, false, 4, rm_reg(S0), (TLB_SIZE - 1) << 5);
-}
-
-/* `from`: the low half of the linear address; S1: the address of the last byte, or of the first when it must be aligned
- * (then no bit of its offset in the page may differ from a multiple). Then S0 is the addend. */
-static void look_up(struct emit *e, unsigned from, bool write, struct slow *s)
-{
-    struct place_of_code *a = &e->a;
-    unsigned gs = e->j->gs ? P_GS : 0;
-    entry_of(e, from);
-    if (!gs)
-        put_insn(a, 0, true, 0, 0x03, S0, FIELD(e, tlb), 0);
-    alu_imm(a, true, 4, rm_reg(S1), e->aligned ? -4096 | (int32_t)(e->aligned - 1) : -4096);
-    put_insn(a, gs, true, 0, 0x3b, S1, rm_mem(S0, (int32_t)tag(write)), 0);
-    jit_slow_if(e, s, COND_NZ);
-    put_insn(a, gs, true, 0, 0x8b, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)), 0);
-}
-
-/* An address whose offset in its page is known, and so that it ends there: relative to RIP, or a constant. */
-static bool fixed_place(const struct emit *e, const struct uop *u, unsigned size, int64_t *disp, bool *constant)
-{
-    int32_t known;
-    *disp = (int64_t)u->disp + (u->base == REG_BIP ? e->start : 0);
-    *constant = u->base == REG_ZERO;
-    if (u->base == REG_BIP && jit_knows(e, *disp, &known)) {
-        *disp = known;
-        *constant = true;
-    }
-    return e->j->gs && (u->base == REG_BIP || u->base == REG_ZERO) && u->index == REG_ZERO && !u->aflags &&
-           (*disp & 0xfff) + size <= 4096 && !(*disp & (e->aligned ? e->aligned - 1 : 0));
-}
-
-static struct rm look_up_fixed(struct emit *e, int64_t disp, bool constant, bool write, struct slow *s, bool want_s1)
-{
-    struct place_of_code *a = &e->a;
-    int32_t page = (int32_t)(disp & ~0xfffll);
-    if (constant) { /* so is its entry */
-        struct rm entry = {.mem = true, .base = NO_REG, .index = NO_REG, .disp = (int32_t)((uint32_t)page >> 12 & (TLB_SIZE - 1)) << 5};
-        entry.disp += (int32_t)tag(write);
-        put_insn(a, P_GS, true, 0, 0x81, 7, entry, 4); /* CMP entry, page */
-        put4(a, (uint32_t)page);
-        jit_slow_if(e, s, COND_NZ);
-        entry.disp += (int32_t)(offsetof(struct tlb_entry, addend) - tag(write));
-        put_insn(a, P_GS, true, 0, 0x8b, S0, entry, 0);
-        return rm_mem(S0, (int32_t)disp);
-    }
-    mov_load(a, S1, FIELD(e, jit.page));
-    if (page)
-        alu_imm(a, true, 0, rm_reg(S1), page);
-    entry_of(e, S1);
-    put_insn(a, P_GS, true, 0, 0x3b, S1, rm_mem(S0, (int32_t)tag(write)), 0);
-    jit_slow_if(e, s, COND_NZ);
-    put_insn(a, P_GS, true, 0, 0x8b, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)), 0);
-    if (!want_s1)
-        return rm_sib(S0, S1, 0, (int32_t)(disp & 0xfff));
-    put_insn(a, 0, true, 0, 0x03, S0, rm_reg(S1), 0);
-    return rm_mem(S0, (int32_t)(disp & 0xfff));
-}
-
-struct rm jit_probe(struct emit *e, unsigned base, int32_t disp, unsigned size, bool write, struct slow *s)
-{
-    if (e->group)
-        return rm_sib(base, S0, 0, disp);
-    int32_t last = disp + (e->aligned ? 0 : (int32_t)size - 1);
-    if (last)
-        lea(&e->a, true, S1, rm_mem(base, last));
-    else
-        mov_rr(&e->a, S1, base);
-    if (disp)
-        lea(&e->a, false, S0, rm_mem(base, disp));
-    look_up(e, disp ? S0 : base, write, s);
-    return rm_sib(base, S0, 0, disp);
-}
-
-struct rm jit_operand(struct emit *e, const struct decoded *d, unsigned size, bool write, struct slow *s, bool want_s1)
-{
-    const struct uop *u = &d->uop;
-    struct place_of_code *a = &e->a;
-    if (plain(u) && u->index == REG_ZERO && u->base != REG_ZERO)
-        return jit_probe(e, host_reg(guest_of(u->base)), u->disp, size, write, s);
-    int64_t disp;
-    bool constant;
-    if (fixed_place(e, u, size, &disp, &constant))
-        return look_up_fixed(e, disp, constant, write, s, want_s1);
-    bool both = u->base < REG_ZERO && u->index < REG_ZERO && homed(guest_of(u->base)) && homed(guest_of(u->index));
-    linear(e, u, S0, S1);
-    if (both)
-        mov_store(a, FIELD(e, scratch[2]), S0);
-    if (e->aligned || size == 1)
-        mov_rr(a, S1, S0);
-    else
-        lea(a, true, S1, rm_mem(S0, (int32_t)size - 1));
-    look_up(e, S0, write, s);
-    if (both)
-        mov_load(a, S1, FIELD(e, scratch[2]));
-    else
-        linear(e, u, S1, S1);
-    if (!want_s1)
-        return rm_sib(S0, S1, 0, 0);
-    put_insn(a, 0, true, 0, 0x03, S0, rm_reg(S1), 0);
-    return rm_mem(S0, 0);
 }
 
 /* ---- opcodes written again ---- */
@@ -441,9 +268,9 @@ static bool fixed(struct emit *e, const struct decoded *d, uint8_t observed)
 static bool load_address(struct emit *e, const struct decoded *d)
 {
     const struct uop *u = &d->uop;
-    if (!jit_can_address(e, d) || (d->enc.osize == 2 && homed(guest_of(u->d)))) /* 16 bits keep the rest */
+    if (!jit_can_address(e, d) || (d->enc.osize == 2 && homed(jit_guest(u->d)))) /* 16 bits keep the rest */
         return false;
-    unsigned guest = guest_of(u->d), dst = homed(guest) ? S0 : host_reg(guest);
+    unsigned guest = jit_guest(u->d), dst = homed(guest) ? S0 : host_reg(guest);
     struct place_of_code *a = &e->a;
     struct rm m;
     if (u->base == REG_BIP && d->enc.osize == 8) {
@@ -455,8 +282,8 @@ static bool load_address(struct emit *e, const struct decoded *d)
         mov_load(a, S0, FIELD(e, jit.page));
         m = rm_mem(S0, u->disp + (int32_t)e->start);
     } else {
-        unsigned base = u->base == REG_ZERO ? NO_REG : half(e, u->base, S0);
-        unsigned index = u->index == REG_ZERO ? NO_REG : half(e, u->index, S1);
+        unsigned base = u->base == REG_ZERO ? NO_REG : jit_half(e, u->base, S0);
+        unsigned index = u->index == REG_ZERO ? NO_REG : jit_half(e, u->index, S1);
         m = rm_sib(base, index, u->scale, u->disp);
     }
     if (u->aflags & EA_A32 && d->enc.osize == 8) {
@@ -468,12 +295,71 @@ static bool load_address(struct emit *e, const struct decoded *d)
     return true;
 }
 
+static void push_s0(struct emit *e, struct slow *s)
+{
+    mov_store(&e->a, FIELD(e, scratch[0]), S0);
+    struct rm m = jit_probe(e, GUEST_SP, -8, 8, true, s);
+    mov_load(&e->a, S1, FIELD(e, scratch[0]));
+    mov_store(&e->a, m, S1);
+    lea(&e->a, true, GUEST_SP, rm_mem(GUEST_SP, -8));
+}
+
+static bool push_flags(struct emit *e, const struct decoded *d)
+{
+    struct place_of_code *a = &e->a;
+    if (d->enc.osize != 8)
+        return false;
+    jit_need_cc(e);
+    struct slow *s = jit_new_slow(e);
+    put_insn(a, 0, false, 1, 0xb7, S0, FIELD(e, cc), 0); /* MOVZX */
+    put_insn(a, 0, false, 0, 0x8b, S1, rm_reg(S0), 0);
+    shift_imm(a, false, 5, S1, 8);
+    alu_imm(a, false, 4, rm_reg(S0), CC_OF);
+    shift_imm(a, false, 4, S0, 11);
+    put_insn(a, 0, false, 0, 0x0b, S0, rm_reg(S1), 0);
+    put_insn(a, 0, false, 0, 0x8b, S1, FIELD(e, sysflags), 0);
+    alu_imm(a, false, 4, rm_reg(S1), ~(FL_VM | FL_RF));
+    put_insn(a, 0, false, 0, 0x0b, S0, rm_reg(S1), 0);
+    push_s0(e, s);
+    jit_resume(e, d, s);
+    return true;
+}
+
+static bool clear_if(struct emit *e)
+{
+    if (!(e->b->mode & MODE_IOPL))
+        return false;
+    jit_lose_eflags(e);
+    alu_imm(&e->a, false, 4, FIELD(e, sysflags), ~FL_IF);
+    return true;
+}
+
+static bool swap_gs(struct emit *e)
+{
+    struct place_of_code *a = &e->a;
+    mov_load(a, S0, FIELD(e, seg[SEG_GS].base));
+    mov_load(a, S1, FIELD(e, kernel_gs_base));
+    mov_store(a, FIELD(e, kernel_gs_base), S0);
+    mov_store(a, FIELD(e, seg[SEG_GS].base), S1);
+    mov_store(a, FIELD(e, segbase[SEG_GS]), S1);
+    return true;
+}
+
 static bool push(struct emit *e, const struct decoded *d)
 {
     const struct uop *u = &d->uop;
     bool imm = (d->row->operand[0] & 0xff) == 'I';
     if (d->enc.osize != 8)
         return false;
+    if (d->enc.mem) {
+        if (!jit_can_address(e, d))
+            return false;
+        struct slow *s = jit_new_slow(e);
+        mov_load(&e->a, S0, jit_operand(e, d, 8, false, s, false));
+        push_s0(e, s);
+        jit_resume(e, d, s);
+        return true;
+    }
     struct slow *s = jit_begin_access(e);
     struct rm m = jit_probe(e, GUEST_SP, -8, 8, true, s);
     if (imm) {
@@ -481,7 +367,7 @@ static bool push(struct emit *e, const struct decoded *d)
         put4(&e->a, (uint32_t)u->imm);
     } else {
         struct scratch scratch = {.used = 0};
-        mov_store(&e->a, m, fetch(e, (int)guest_of(u->d), &scratch));
+        mov_store(&e->a, m, fetch(e, (int)jit_guest(u->d), &scratch));
     }
     lea(&e->a, true, GUEST_SP, rm_mem(GUEST_SP, -8));
     jit_resume(e, d, s);
@@ -490,7 +376,7 @@ static bool push(struct emit *e, const struct decoded *d)
 
 static bool pop(struct emit *e, const struct decoded *d)
 {
-    unsigned guest = guest_of(d->uop.d), dst = homed(guest) ? S1 : host_reg(guest);
+    unsigned guest = jit_guest(d->uop.d), dst = homed(guest) ? S1 : host_reg(guest);
     if (d->enc.osize != 8)
         return false;
     struct slow *s = jit_begin_access(e);
@@ -555,6 +441,50 @@ static bool divide(struct emit *e, const struct decoded *d)
     return true;
 }
 
+/* MOVS and STOS, with REP: the processor's own on host memory, when what is left lies in one page (of each). RDI and RSI
+ * have host addresses meanwhile. The flags stay, the host's DF is clear. */
+static bool string(struct emit *e, const struct decoded *d)
+{
+    bool moves = d->row->jit == JIT_MOVS, repeats = d->uop.imm == 1;
+    unsigned size = d->row->size == 1 ? d->enc.osize : 1, scale = size == 8 ? 3 : size / 2;
+    struct place_of_code *a = &e->a;
+    if (d->uop.aflags || d->uop.seg >= SEG_FS || d->uop.imm > 1)
+        return false;
+    struct slow *s = jit_new_slow(e);
+    put_insn(a, 0, false, 0, 0xf7, 0, FIELD(e, sysflags), 4); /* TEST sysflags, DF */
+    put4(a, FL_DF);
+    jit_slow_if(e, s, COND_NZ);
+    if (repeats) {
+        lea(a, true, S1, rm_mem(RCX, -1));
+        alu_imm(a, true, 7, rm_reg(S1), 4096 / (int32_t)size - 1);
+        jit_slow_if(e, s, COND_A); /* 0 times too */
+    }
+    for (unsigned write = moves ? 0 : 1; write < 2; write++) {
+        unsigned r = write ? RDI : RSI;
+        lea(a, true, S1, repeats ? rm_sib(r, RCX, scale, -1) : rm_mem(r, (int32_t)size - 1));
+        jit_look_up(e, r, write, s);
+        if (!write)
+            mov_store(a, FIELD(e, scratch[0]), S0);
+    }
+    if (moves)
+        mov_load(a, S1, FIELD(e, scratch[0]));
+    put_insn(a, 0, true, 0, 0x03, RDI, rm_reg(S0), 0);
+    if (moves)
+        put_insn(a, 0, true, 0, 0x03, RSI, rm_reg(S1), 0);
+    if (size == 2)
+        put1(a, 0x66);
+    if (repeats)
+        put1(a, 0xf3);
+    if (size == 8)
+        put1(a, 0x48);
+    put1(a, d->enc.opcode);
+    put_insn(a, 0, true, 0, 0x2b, RDI, rm_reg(S0), 0);
+    if (moves)
+        put_insn(a, 0, true, 0, 0x2b, RSI, rm_reg(S1), 0);
+    jit_resume(e, d, s);
+    return true;
+}
+
 bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed)
 {
     const struct oprow *r = d->row;
@@ -571,9 +501,13 @@ bool jit_insn(struct emit *e, const struct decoded *d, uint8_t observed)
     case JIT_NOP: return true;
     case JIT_VEC: case JIT_VZEROUPPER: return jit_vector(e, d);
     case JIT_DIV: return divide(e, d);
+    case JIT_MOVS: case JIT_STOS: return string(e, d);
+    case JIT_PUSHF: return push_flags(e, d);
+    case JIT_CLI: return clear_if(e);
+    case JIT_SWAPGS: return swap_gs(e);
     case JIT_X87: case JIT_X87W: case JIT_X87C: case JIT_X87CW: return jit_x87(e, d);
     case JIT_XCHGAX: {
-        unsigned guest = guest_of(d->uop.d);
+        unsigned guest = jit_guest(d->uop.d);
         struct scratch scratch = {.used = 0};
         if (guest == RAX) /* NOP */
             return true;

@@ -177,6 +177,15 @@ void jit_thunks(struct cpu *c, struct jit *j)
     set_target(jcc32(&a, COND_Z), a.delta, left);
     go_on(&a, c);
 
+    j->second = run_address(&a); /* S0: a struct jit_second. Called: NZ when it holds */
+    save_pins(&a, c);
+    mov_rr(&a, RSI, S0);
+    alu_imm(&a, true, 5, rm_reg(RSP), 8);
+    call_c(&a, c, (uintptr_t)jit_prove_second);
+    lea(&a, true, RSP, rm_mem(RSP, 8));
+    load_pins(&a, c);
+    put1(&a, 0xc3);
+
     /* S0: the micro-op, 8 bytes before it the block's offset in its page. Called: mostly it comes back. */
     j->helper = run_address(&a);
     save_pins(&a, c);

@@ -129,11 +129,13 @@ ATTRIBUTES = (
 #   copy     the same opcode on host registers; a memory operand in first place is read and written,
 #            copyr: only read, copyw: only written; elsewhere it is read
 #   fixed    the same opcode, operands are implied
+#   movs     the same opcode within a page each, stos: within one
 #   x87      the same opcode on the host's x87 unit; a memory operand is read, x87w: written; x87c: a control
 #            instruction, which leaves the pointers to the last instruction alone and writes memory, if any
 #   x87cw    FLDCW
 JIT_CLASSES = (
     *("none", "copy", "copyr", "copyw", "fixed", "lea", "push", "pop", "leave", "nop", "xchgax", "div", "bitreg"),
+    *("movs", "stos", "pushf", "cli", "swapgs"),
     *("jcc", "jmp", "call", "jmpind", "callind", "ret", "loop", "vec", "vzeroupper"),
     *("x87", "x87w", "x87c", "x87cw"),
 )

@@ -7,6 +7,7 @@
  * few bags per vCPU, the one that was left longest ago makes room. Losing a bag is always allowed, so everything that
  * is rare just drops them. Entries in a bag count as cached: whoever revokes a write tag must look here too.
  */
+#include "jit.h"
 #include "mmu.h"
 
 #include <stdlib.h>
@@ -22,6 +23,7 @@ struct kept {
 struct bag {
     uint16_t pcid, count;
     bool full;
+    struct jit_parked proved;
     uint64_t age, large_lo[MMU_COUNT], large_hi[MMU_COUNT];
     struct kept kept[BAG_SIZE];
 };
@@ -77,6 +79,7 @@ static void keep(struct cpu *c, unsigned pcid)
     b->pcid = (uint16_t)pcid;
     b->full = true;
     b->age = ++c->pcid_bags->clock;
+    b->proved = jit_park(c);
     b->count = 0;
     for (unsigned m = 0; m < MMU_COUNT; m++) {
         const struct tlb *t = &c->tlbs[m];
@@ -96,6 +99,7 @@ static void restore(struct cpu *c, unsigned pcid)
     if (!b)
         return;
     b->full = false; /* the softTLB has them now, and INVLPG looks there only */
+    jit_unpark(c, b->proved);
     for (unsigned n = 0; n < b->count; n++) {
         struct tlb *t = &c->tlbs[b->kept[n].mmu];
         unsigned i = b->kept[n].index;

@@ -122,6 +122,45 @@ def test_code_page_mapped_twice(backend, place):
     assert lab.run(backend, body) == [200 * 3, 200 * 0x2000]
 
 
+@pytest.mark.parametrize("place", [0x40000000, 0x140000000], ids=["below 2 GiB", "above"])
+def test_instruction_in_two_pages(backend, place):
+    """The second page differs from place to place, and later changes: so does the immediate operand."""
+    body = f"""
+    %define PLACE {place:#x}
+    start:
+    mov qword [0xa000 + (PLACE >> 30) * 8], 0x50003
+    mov qword [0x50000], 0x51003
+    mov qword [0x51000], 0x60003
+    mov qword [0x51008], 0x61003
+    mov qword [0x51010], 0x60003
+    mov qword [0x51018], 0x62003
+    mov dword [0x60ffc], 0x0001b890     ; nop; mov eax, ..01
+    mov dword [0x61000], 0x00c30000     ; 00 00; ret
+    mov dword [0x62000], 0x00c30001     ; 01 00; ret
+    xor ebx, ebx
+    mov r12d, 100
+    mov r13, PLACE + 0xffc
+    again:
+    call r13
+    add rbx, rax
+    add r13, 0x2000
+    call r13
+    sub r13, 0x2000
+    add rbx, rax
+    cmp r12d, 50
+    jne unchanged
+    mov qword [0x51008], 0x62003
+    lea rax, [r13 + 4]
+    invlpg [rax]
+    unchanged:
+    dec r12d
+    jnz again
+    SAVE rbx
+    DONE
+    """
+    assert lab.run(backend, body) == [51 * 1 + 149 * 0x10001]
+
+
 def test_pcid_keeps_and_drops(backend):
     body = """
     CR3 A_+1

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+import kvmpy
+
 HERE = Path(__file__).parent
 TCG = HERE.parents[1] / "kvmpy" / "tcg"
 sys.path.insert(0, str(HERE))
@@ -163,7 +165,7 @@ def test_flags_behind_accesses_that_share_a_probe():
 
 
 def test_a_store_into_the_tail_of_a_trace():
-    """A loop with a branch that is not taken; later it writes a byte behind the branch, where the same host code goes on."""
+    """A loop in which a branch is not taken; later it writes a byte behind that, where the same host code goes on."""
     # xor esi,esi  xor edi,edi  mov ecx,2000  mov ebx,TAIL+3
     # again: cmp ecx,1000  je patch  tail: add esi,1  dec ecx  jne again  hlt;  patch: mov byte [rbx],5  jmp tail
     code = "31f6 31ff b9d0070000 bb19100000 81f9e8030000 740a 4883c601 ffc9 75f0 f4 90 c60305 ebf1"
@@ -196,3 +198,47 @@ def test_code_has_names_for_perf():
     found = [re.fullmatch(r"[0-9a-f]+ [0-9a-f]+ guest_([0-9a-f]+)(?:_slow)?", line) for line in lines]
     assert all(found), lines
     assert 0x1005 in {int(match[1], 16) for match in found if match}
+
+
+STRINGS = [b"\xa4", b"\xa5", b"\x48\xa5", b"\xaa", b"\xab", b"\x48\xab"]  # MOVS and STOS
+
+
+def string_program(rng: random.Random) -> bytes:
+    """MOVS and STOS of all sizes, with and without REP and DF, short and long, overlapping, across pages."""
+    code = bytearray()
+    for _ in range(40):
+        where = [rng.randrange(0x4000, 0x9000) if rng.random() < 0.7 else 0x6000 - rng.randrange(40)]
+        where.append(where[0] + rng.randrange(-40, 40) if rng.random() < 0.3 else rng.randrange(0x4000, 0x9000))
+        count = rng.choice([0, 1, 2, 3, rng.randrange(64), rng.randrange(600)])
+        for register, value in ((0xBE, where[0]), (0xBF, where[1]), (0xB9, count), (0xB8, rng.getrandbits(32))):
+            code += bytes([register]) + value.to_bytes(4, "little")
+        code += rng.choice([b"\xfc", b"\xfc", b"\xfc", b"\xfd"])  # CLD, STD
+        code += b"\x67" if rng.random() < 0.1 else b""
+        code += rng.choice([b"", b"\xf3", b"\xf3"]) + rng.choice(STRINGS)
+        code += b"\x48\x01\xf5\x48\x01\xfd\x48\x01\xcd"  # ADD RBP, RSI; ADD RBP, RDI; ADD RBP, RCX
+    return bytes(code)
+
+
+def after(code: bytes, memory: bytes) -> tuple[object, int, int, bytes]:
+    with kvmpy.Vm("tcg") as vm:
+        vm.add_ram(0, size=0x20000)
+        back = (-len(code) - 8).to_bytes(4, "little", signed=True)  # MOV EDX, 4; again: ... DEC EDX; JNZ again; HLT
+        vm.memory.write(0x1000, b"\xba\x04\0\0\0" + code + b"\xff\xca\x0f\x85" + back + b"\xf4")
+        vm.memory.write(0x3000, memory)
+        vcpu = vm.create_vcpu()
+        vcpu.enter_long_mode(0x1000)
+        return vcpu.run(), vcpu.regs.rbp, vcpu.regs.rflags, vm.memory.read(0x3000, 0x8000)
+
+
+def test_strings_as_in_the_interpreter(monkeypatch):
+    """Within a page they are the host's own instructions."""
+    rng = random.Random(31)
+    for name, value in (EAGER | {"KVMPY_JIT": "all"}).items():
+        monkeypatch.setenv(name, value)
+    for _ in range(60):
+        code, memory = string_program(rng), rng.randbytes(0x8000)
+        monkeypatch.setenv("KVMPY_TCG", "interp")
+        expected = after(code, memory)
+        monkeypatch.setenv("KVMPY_TCG", "jit")
+        assert after(code, memory) == expected
+        assert expected[0] == kvmpy.Hlt()

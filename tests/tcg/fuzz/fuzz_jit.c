@@ -52,7 +52,7 @@ static bool run(const uint8_t *data, size_t size, bool host_code, struct end *en
 
     guest_reset(data, size);
     remember_memory();
-    jit->threshold = size & 3; /* at once, or when it is known which way branches go */
+    jit->threshold = size & 3 ? 0 : 2; /* at once, or when it is known which way branches go */
     c->jit.state = host_code ? jit : NULL;
     c->deadline = host_code ? ~0ull : cpu_insns(c) + INSTRUCTIONS;
     uint64_t before = translations(c);
