@@ -59,7 +59,10 @@ static uint64_t host_features(unsigned word)
 static unsigned switched_off(const char *words)
 {
     static const struct { const char *name; unsigned bit; } names[] = {
-        {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS}, {"noindirect", JIT_NO_INDIRECT}, {"all", JIT_ALL}, {"novec", JIT_NO_VECTORS}, {"nogroups", JIT_NO_GROUPS}, {"perf", JIT_PERF}, {"nox87", JIT_NO_X87}, {"nogs", JIT_NO_GS}, {"notraces", JIT_NO_TRACES}, {"nobinding", JIT_NO_BINDING},
+        {"all", JIT_ALL}, {"perf", JIT_PERF}, {"nochain", JIT_NO_CHAIN}, {"noflags", JIT_NO_FLAGS},
+        {"noindirect", JIT_NO_INDIRECT}, {"novec", JIT_NO_VECTORS}, {"nox87", JIT_NO_X87}, {"nogroups", JIT_NO_GROUPS},
+        {"nogs", JIT_NO_GS}, {"notraces", JIT_NO_TRACES}, {"nobinding", JIT_NO_BINDING}, {"nostrings", JIT_NO_STRINGS},
+        {"nocrossing", JIT_NO_CROSSING}, {"noparking", JIT_NO_PARKING},
     };
     unsigned bits = 0;
     for (unsigned i = 0; words && i < sizeof names / sizeof names[0]; i++)
@@ -200,7 +203,7 @@ struct jit_parked jit_park(const struct cpu *c)
 void jit_unpark(struct cpu *c, struct jit_parked p)
 {
     struct jit *j = c->jit.state;
-    if (!j || !p.serial || p.epoch != j->epoch)
+    if (!j || !p.serial || p.epoch != j->epoch || j->off & JIT_NO_PARKING)
         return;
     for (unsigned i = 0; i < MAX_CONTEXTS; i++)
         if (!j->contexts[i].serial) {
@@ -452,7 +455,7 @@ void jit_flush(struct cpu *c)
 void jit_new_block(struct cpu *c, struct block *b)
 {
     b->first = b->uops[0].fn;
-    if (!c->jit.state || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
+    if (!c->jit.state || (b->crosses && c->jit.state->off & JIT_NO_CROSSING) || !(b->mode & MODE_CODE64) || b->mode & (MODE_STEP | MODE_LIMIT))
         return;
     b->uops[0].fn = op_jit_count;
 }

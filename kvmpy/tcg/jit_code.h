@@ -82,9 +82,11 @@ struct jit {
     uint64_t (*calls)[2];    /* of handlers by row, from hot and from cold code; NULL: nobody asked (jit_profile.c) */
     uint8_t *helper_half;    /* where the helper thunk names its C half */
 };
-enum { JIT_NO_CHAIN = 1, JIT_NO_FLAGS = 2, JIT_NO_INDIRECT = 4, JIT_NO_VECTORS = 16, JIT_ALL = 8 /* also blocks that are mostly helper calls */,
-       JIT_NO_GROUPS = 64, JIT_PERF = 32, /* on, not off: tell perf of the code */
-       JIT_NO_X87 = 128, JIT_NO_GS = 256, JIT_NO_TRACES = 512, JIT_NO_BINDING = 1024 };
+enum {
+    JIT_ALL = 1 /* blocks too that are mostly helper calls */, JIT_PERF = 2 /* tell perf of the code */,
+    JIT_NO_CHAIN = 4, JIT_NO_FLAGS = 8, JIT_NO_INDIRECT = 16, JIT_NO_VECTORS = 32, JIT_NO_X87 = 64, JIT_NO_GROUPS = 128,
+    JIT_NO_GS = 256, JIT_NO_TRACES = 512, JIT_NO_BINDING = 1024, JIT_NO_STRINGS = 2048, JIT_NO_CROSSING = 4096, JIT_NO_PARKING = 8192,
+};
 
 bool jit_map(struct cpu *c, struct jit *j);
 void jit_unmap(struct jit *j);

@@ -448,7 +448,7 @@ static bool string(struct emit *e, const struct decoded *d)
     bool moves = d->row->jit == JIT_MOVS, repeats = d->uop.imm == 1;
     unsigned size = d->row->size == 1 ? d->enc.osize : 1, scale = size == 8 ? 3 : size / 2;
     struct place_of_code *a = &e->a;
-    if (d->uop.aflags || d->uop.seg >= SEG_FS || d->uop.imm > 1)
+    if (d->uop.aflags || d->uop.seg >= SEG_FS || d->uop.imm > 1 || e->j->off & JIT_NO_STRINGS)
         return false;
     struct slow *s = jit_new_slow(e);
     put_insn(a, 0, false, 0, 0xf7, 0, FIELD(e, sysflags), 4); /* TEST sysflags, DF */

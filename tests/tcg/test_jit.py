@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
     reason="the JIT is for x86-64 hosts; needs a C compiler",
 )
 EAGER = {"KVMPY_TCG": "jit", "KVMPY_JIT_THRESHOLD": "0"}
-OFF = ["all", "all,nochain,noindirect", "all,noflags,novec", "all,nogs,nobinding,notraces"]
+OFF = ["all", "all,nochain,noindirect", "all,noflags,novec", "all,nogs,nobinding,notraces,nostrings,nocrossing"]
 
 
 @pytest.fixture(scope="module")
