@@ -16,6 +16,7 @@ from kvmpy.virtio.testing_pci import PciDriver
 
 MIB = 1 << 20
 RAM = 0x0  # 4 MiB; the driver's heap is in the third
+UNNAMED = 1 << 16  # below, the device writes when a driver enables a queue and has named no rings: those are at 0 then
 HOLE = 4 * MIB
 ROM = 8 * MIB  # 64 KiB, read-only
 HIGH = 1 << 32  # 1 MiB
@@ -86,7 +87,7 @@ class Rig:
 
     @staticmethod
     def canaries():
-        return [(RAM, HEAP), (HEAP_END, MIB), (HIGH, MIB)]
+        return [(UNNAMED, HEAP - UNNAMED), (HEAP_END, MIB), (HIGH, MIB)]
 
     def canary(self) -> bytes:
         """A digest of memory that no device may touch."""
