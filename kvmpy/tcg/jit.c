@@ -18,7 +18,7 @@
 
 #include "fphost.h"
 
-#define THRESHOLD 24
+#define THRESHOLD 40
 #ifndef HWCAP2_FSGSBASE
 #define HWCAP2_FSGSBASE 2 /* asm/hwcap2.h: RDGSBASE and its like run in user mode */
 #endif
@@ -241,24 +241,25 @@ static void proving(struct cpu *c, uint64_t lin)
 static void save_flags_before(const struct jit *j, struct jit_link *l, bool yes)
 {
     static const uint8_t nop[5] = {0x0f, 0x1f, 0x44, 0x00, 0x00};
-    if (!l->save.site)
+    if (l->near || !l->early.site)
         return;
-    uint8_t *insn = j->write + l->save.site - 1;
+    uint8_t *insn = j->write + l->early.site - 1;
     memcpy(insn, nop, sizeof nop);
     if (!yes)
         return;
     insn[0] = 0xe9;
-    jit_lead_to_stub(j, l->save);
+    jit_lead_to_stub(j, l->early);
 }
 
 static void unlink_from(struct jit *j, struct jit_link *l)
 {
-    if (l->near.site)
-        jit_lead_to_stub(j, l->near);
+    if (l->near)
+        jit_lead_to_stub(j, l->early);
     if (l->far.site)
         jit_lead_to_stub(j, l->far);
     save_flags_before(j, l, true);
-    l->serial = 0;
+    if (l->proof)
+        l->proof->serial = 0;
     l->to = NULL;
 }
 
@@ -268,14 +269,13 @@ static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to
     const struct block *from = jit_from(l)->block;
     if (j->off & JIT_NO_CHAIN || from->dead || to->block->dead || from->mode != to->block->mode)
         return;
-    if (!l->leaves_page && from->gpa >> 12 != to->block->gpa >> 12)
+    if (!l->proof && from->gpa >> 12 != to->block->gpa >> 12)
         return; /* the page was remapped between leaving and coming back */
-    if (!jit_runs_at(to, rip) || (to->bound && !jit_from(l)->bound && !l->leaves_page))
+    if (!jit_runs_at(to, rip) || (to->bound && !jit_from(l)->bound && !l->proof))
         return;
-    if (l->leaves_page) {
+    if (l->proof) {
         proving(c, rip);
-        l->serial = c->jit.serial;
-        l->page = (rip - (int64_t)l->delta) & PAGE_MASK_4K;
+        *l->proof = (struct jit_proof){c->jit.serial, (rip - (int64_t)l->delta) & PAGE_MASK_4K};
     }
     if (l->to == to)
         return;
@@ -289,10 +289,10 @@ static void connect_link(struct cpu *c, struct jit_link *l, struct jit_block *to
     l->to = to;
     l->next = to->incoming;
     to->incoming = l;
-    if (l->near.site && (l->saved || !to->flags_in))
-        jit_lead(j, l->near, to->entry);
-    else if (l->near.site)
-        jit_lead_to_stub(j, l->near);
+    if (l->near && (l->saved || !to->flags_in))
+        jit_lead(j, l->early, to->entry);
+    else if (l->near)
+        jit_lead_to_stub(j, l->early);
     if (l->far.site)
         jit_lead(j, l->far, to->entry);
     save_flags_before(j, l, to->flags_in);
@@ -330,8 +330,7 @@ const uint8_t *jit_prove(struct cpu *c, struct jit_link *l)
     if (!l->to || known_code(c, rip) != l->to->block->host || !jit_runs_at(l->to, rip))
         return NULL;
     proving(c, rip);
-    l->serial = c->jit.serial;
-    l->page = c->jit.page;
+    *l->proof = (struct jit_proof){c->jit.serial, c->jit.page};
     c->jit.page = rip & PAGE_MASK_4K;
     return l->to->entry;
 }
@@ -343,8 +342,7 @@ uintptr_t jit_prove_second(struct cpu *c, struct jit_second *s)
     if (known_code(c, next) != s->host)
         return 0;
     proving(c, next);
-    s->serial = c->jit.serial;
-    s->page = c->jit.page;
+    s->proof = (struct jit_proof){c->jit.serial, c->jit.page};
     return 1;
 }
 

@@ -108,7 +108,8 @@ static struct jit_link *begin_link(struct emit *e, int64_t offset)
 /* Where a near jump leads that may not go straight on: the flags are saved. */
 static void near_stub(struct emit *e, struct jit_link *l, const uint8_t *site)
 {
-    l->near = way(e, site, &e->k);
+    l->near = true;
+    l->early = way(e, site, &e->k);
     jit_make_cc(&e->k, e, e->flags, &e->recipe);
     site = jmp32(&e->k);
     l->far = way(e, site, &e->k);
@@ -122,9 +123,10 @@ static void go(struct emit *e, struct place_of_code *a, int64_t target)
     struct jit_link *l = begin_link(e, offset);
     intptr_t delta = a->delta;
     unsigned flags = e->flags;
-    l->leaves_page = offset < 0 || offset > 4095;
-    bool backward = target <= e->behind, cold = a == &e->k;
-    if (l->leaves_page || backward) {
+    bool backward = target <= e->behind, cold = a == &e->k, leaves_page = offset < 0 || offset > 4095;
+    if (leaves_page)
+        l->proof = jit_data(e->j, sizeof *l->proof);
+    if (leaves_page || backward) {
         struct place_of_code *k = cold ? a : &e->k;
         uint8_t *asked = NULL, *unproved[2] = {NULL}, *save = NULL, *far;
         if (!(flags & IN_CC) && flags & IN_RECIPE) { /* saved on the way only when `to` may show them */
@@ -136,27 +138,27 @@ static void go(struct emit *e, struct place_of_code *a, int64_t target)
         const uint8_t *saved = run_address(a);
         if (backward)
             poll(a, e);
-        if (backward && l->leaves_page)
+        if (backward && leaves_page)
             asked = jcc32(a, COND_NZ);
-        if (l->leaves_page) {
+        if (leaves_page) {
             mov_load(a, S0, FIELD(e, jit.serial));
-            put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->serial), 0);
+            put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->proof->serial), 0);
             unproved[0] = jcc32(a, COND_NZ);
             if (!e->bound) {
                 mov_load(a, S0, FIELD(e, jit.page));
-                put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->page), 0);
+                put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->proof->page), 0);
                 unproved[1] = jcc32(a, COND_NZ);
             }
             move_page(a, e, (int32_t)(offset & ~0xfffll), false);
         }
-        if (backward && !l->leaves_page) { /* a loop: one jump a turn */
+        if (backward && !leaves_page) { /* a loop: one jump a turn */
             far = jcc32(a, COND_Z);
             asked = jmp32(a);
         } else {
             far = jmp32(a);
         }
         l->far = way(e, far, k);
-        if (l->leaves_page) /* unlinked: the page is not yet changed in the exits above */
+        if (leaves_page) /* unlinked: the page is not yet changed in the exits above */
             move_page(k, e, (int32_t)(offset & ~0xfffll), true);
         if (asked)
             set_target(asked, delta, run_address(k));
@@ -170,7 +172,7 @@ static void go(struct emit *e, struct place_of_code *a, int64_t target)
             jump_to(k, e->j->prove);
         }
         if (save) {
-            l->save = way(e, save, k);
+            l->early = way(e, save, k);
             jit_make_cc(k, e, flags, &e->recipe);
             jump_to(k, saved);
         }
@@ -462,11 +464,11 @@ static void check_second(struct emit *e)
     struct place_of_code *a = &e->a, *k = &e->k;
     s->host = block_second(e->b);
     mov_load(a, S0, FIELD(e, jit.serial));
-    put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&s->serial), 0);
+    put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&s->proof.serial), 0);
     set_target(jcc32(a, COND_NZ), a->delta, run_address(k));
     if (!e->bound) {
         mov_load(a, S0, FIELD(e, jit.page));
-        put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&s->page), 0);
+        put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&s->proof.page), 0);
         set_target(jcc32(a, COND_NZ), a->delta, run_address(k));
     }
     lea(k, true, S0, rm_abs(s));
@@ -527,8 +529,8 @@ static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const str
     e->bound = !b->roams && !(j->off & JIT_NO_BINDING) && (int64_t)e->page == (int32_t)e->page;
     e->flags = IN_CC;
     e->no_groups = no_groups || j->off & JIT_NO_GROUPS;
-    e->jb = jit_data(j, sizeof *e->jb + nlinks * sizeof e->jb->link[0] + (j->calls ? n * sizeof e->jb->at[0] : 0));
-    e->jb->at = j->calls ? (uint16_t *)&e->jb->link[nlinks] : NULL;
+    e->jb = jit_data(j, sizeof *e->jb + nlinks * sizeof e->jb->link[0] + (j->calls ? n * sizeof *jit_at(e->jb) : 0));
+    e->jb->mapped = j->calls;
     e->jb->ninsn = (uint8_t)n;
     e->jb->nlinks = (uint8_t)nlinks;
     e->jb->block = b;
@@ -540,8 +542,8 @@ static bool emit_block(struct emit *e, struct cpu *c, struct block *b, const str
         check_second(e);
     for (; done < n && !end; done++) {
         const struct decoded *i = &d[done];
-        if (e->jb->at)
-            e->jb->at[done] = (uint16_t)(e->a.p - (j->write + j->hot));
+        if (e->jb->mapped)
+            jit_at(e->jb)[done] = (uint16_t)(e->a.p - (j->write + j->hot));
         bool sti = i->uop.fn == op_sti;
         bool on = i->end && done + 1 < n; /* a branch within the trace */
         end = (i->end && !on) || (sti && done + 1 == n); /* STI at the end: its shadow is the interpreter's business */

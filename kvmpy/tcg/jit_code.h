@@ -23,37 +23,41 @@ struct target { uint64_t key; const uint8_t *code; uint64_t page; uintptr_t bloc
 struct jit_block;
 /* A jump, by offsets in the code: where its displacement stands (0: there is none), and where it leads without a link. */
 struct way { uint32_t site, stub; };
-/* One way out of host code. `near`: the jump itself, or a branch to the stub; `far`: the jump at the stub's end. */
+/* That a place in another page still is what it was: in the context of this serial number (0: none), for code that runs
+ * at this page; it says nothing of another place that the code is mapped to. */
+struct jit_proof { uint64_t serial, page; };
+/* One way out of host code. `far`: the jump at its end. `early`: with `near`, the jump that leads to the block itself when
+ * that does not look at flags; else the jump to where the flags are saved, a NOP when the block overwrites them. */
 struct jit_link {
-    uint64_t serial;         /* of the context of the proof, for links that leave the page; 0: none */
-    uint64_t page;           /* where the proof was made: it says nothing of another place that the code is mapped to */
     struct jit_block *to;
     struct jit_link *next;   /* of those that lead to `to` */
-    struct way near, far;
-    struct way save;         /* to where the flags are saved, or a NOP when `to` overwrites them; none: saved in line */
+    struct jit_proof *proof; /* NULL: it stays in the page */
+    struct way far, early;
     int32_t delta;           /* target - start of the page that the block is in */
     uint8_t number;          /* of the block's */
-    bool leaves_page;
+    bool near;
     bool saved;              /* the flags are in c->cc before the near jump already */
 };
 
 /* What an instruction that crosses into the next page needs besides: that this still is the page. */
-struct jit_second { uint64_t serial, page; const uint8_t *host; }; /* as in a link */
+struct jit_second { struct jit_proof proof; const uint8_t *host; };
 
 struct jit_block {
     struct block *block;
     const uint8_t *entry;
-    uint32_t hot_bytes, cold_bytes;
     struct jit_link *incoming;
     struct target *cached;   /* the entry of the target table that names this block */
+    uint64_t page;           /* bound: linear address of the only page that the code may run in, for it has that as constants */
+    uint32_t hot_bytes, cold_bytes;
+    uint8_t ninsn, nlinks;
+    bool bound;
     bool cached_often;       /* more than one does: look through the table */
     bool flags_in;           /* flags that hold at entry may be seen */
-    uint64_t page;           /* bound: linear address of the only page that the code may run in, for it has that as constants */
-    bool bound;
-    uint8_t ninsn, nlinks;
-    uint16_t *at;            /* where the code of each instruction begins; NULL: nobody asked (jit_profile.c) */
+    bool mapped;             /* jit_at() is there */
     struct jit_link link[];
 };
+/* Where the code of each instruction begins, for jit_profile.c. */
+static inline uint16_t *jit_at(const struct jit_block *jb) { return (uint16_t *)&jb->link[jb->nlinks]; }
 
 struct jit {
     uint8_t *write, *run;    /* the two mappings of hot and cold code */

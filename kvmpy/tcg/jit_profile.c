@@ -73,10 +73,10 @@ static long host_code(struct cpu *c, struct kvmpy_host_code *out)
     out->out_of_line = jb->cold_bytes;
     out->host = (uintptr_t)jb->entry;
     out->guest_bytes = b->bytes + b->more;
-    out->insns = jb->at ? jb->ninsn : 0;
+    out->insns = jb->mapped ? jb->ninsn : 0;
     memset(out->at, 0, sizeof out->at);
     if (out->insns)
-        memcpy(out->at, jb->at, out->insns * sizeof out->at[0]);
+        memcpy(out->at, jit_at(jb), out->insns * sizeof out->at[0]);
     return 0;
 }
 

@@ -82,7 +82,7 @@ class Rig:
         else:
             self.transport = MmioTransport(device, self.memory, self.line)
             self.driver = Driver(self.transport, self.memory, HEAP)
-        for start, size in self.canaries():
+        for start, size in [(RAM, UNNAMED), *self.canaries()]:
             self.memory.fill(start, size, 0xA5)
 
     @staticmethod
