@@ -216,13 +216,21 @@ def test_terminal_is_raw_and_ctrl_a_x_quits(guest, backend):
         os.write(master, b"a\x03b")
         assert read_until(master, b"a\x03b")
         os.write(master, b"\x01x")
-        assert process.wait(60) == status.INTERRUPTED
+        assert process.wait(60) == status.INTERRUPTED, rest(master)
         assert termios.tcgetattr(slave) == before
     finally:
         process.kill()
         process.wait()
         os.close(master)
         os.close(slave)
+
+
+def rest(fd: int) -> bytes:
+    """What has come and was not read."""
+    seen = b""
+    while select.select([fd], [], [], 1)[0]:
+        seen += os.read(fd, 1000)
+    return seen
 
 
 def read_until(fd: int, wanted: bytes) -> bytes:
