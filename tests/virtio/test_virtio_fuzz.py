@@ -13,7 +13,7 @@ from pathlib import Path
 import fuzzing
 import pytest
 from test_virtio_blk import ALL, MemoryDisk
-from virtio_rig import HEAP, HEAP_END, HIGH, HOLE, ROM, TOP, Rig
+from virtio_rig import HEAP, HEAP_END, HIGH, HOLE, ROM, TOP, UNNAMED, Rig
 
 from kvmpy.chardev import Null
 from kvmpy.net import PacketSocket
@@ -144,7 +144,7 @@ def test_random_drivers(kind, ring):
     device, extra = MAKE[kind](memory)
     device.warn._left = 0
     with Rig(device, memory) as rig:
-        before = rig.canary()
+        before = rig.canary(UNNAMED)
         for seed in fuzzing.seeds(120):
             rng = random.Random(seed)
             driver = rig.driver
@@ -175,7 +175,7 @@ def test_random_drivers(kind, ring):
             assert rig.driver.status in range(256), seed
         driver.reset()
         assert driver.status == 0
-        assert rig.canary() == before
+        assert rig.canary(UNNAMED) == before
         driver.start()
         assert driver.status == 15
     for peer in extra:

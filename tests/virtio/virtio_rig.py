@@ -82,18 +82,19 @@ class Rig:
         else:
             self.transport = MmioTransport(device, self.memory, self.line)
             self.driver = Driver(self.transport, self.memory, HEAP)
-        for start, size in [(RAM, UNNAMED), *self.canaries()]:
+        for start, size in self.canaries():
             self.memory.fill(start, size, 0xA5)
 
     @staticmethod
     def canaries():
-        return [(UNNAMED, HEAP - UNNAMED), (HEAP_END, MIB), (HIGH, MIB)]
+        return [(RAM, HEAP), (HEAP_END, MIB), (HIGH, MIB)]
 
-    def canary(self) -> bytes:
-        """A digest of memory that no device may touch."""
+    def canary(self, lowest: int = RAM) -> bytes:
+        """A digest of memory from `lowest` on that no device may touch."""
         digest = hashlib.sha256()
         for start, size in self.canaries():
-            digest.update(self.memory.read(start, size))
+            left_out = max(lowest - start, 0)
+            digest.update(self.memory.read(start + left_out, size - left_out))
         digest.update(self.memory.read(ROM, 65536))
         return digest.digest()
 
