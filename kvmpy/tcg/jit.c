@@ -7,7 +7,8 @@
  * Contexts: a number per mode, until the softTLB of that mode is flushed; then the mode gets a new one. What was proved
  * under a context ("RIP leads to this host page") holds as long as the number: an evicted TLB entry changes nothing,
  * for a processor may keep a translation until it is told. MOV CR3 leaves the kernel's number alone as long as only
- * global pages were proved for it, and parks the user's with its PCID; INVLPG changes them only when the page may be among those proved (a small filter).
+ * global pages were proved for it, and parks the user's with its PCID; INVLPG changes them only when the page may be
+ * among those proved (a filter).
  */
 #include "jit_code.h"
 

@@ -116,6 +116,19 @@ static void near_stub(struct emit *e, struct jit_link *l, const uint8_t *site)
     exit_by(&e->k, e, l);
 }
 
+/* Jumps from here when the proof is not of this context, or, where the code may run elsewhere, of another place. */
+static void unless_proved(struct place_of_code *a, struct emit *e, const struct jit_proof *proof, uint8_t *site[2])
+{
+    mov_load(a, S0, FIELD(e, jit.serial));
+    put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&proof->serial), 0);
+    site[0] = jcc32(a, COND_NZ);
+    if (e->bound)
+        return;
+    mov_load(a, S0, FIELD(e, jit.page));
+    put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&proof->page), 0);
+    site[1] = jcc32(a, COND_NZ);
+}
+
 /* The way to `target` (an offset from the block's start) at the end of `a`; flags are e->flags. */
 static void go(struct emit *e, struct place_of_code *a, int64_t target)
 {
@@ -141,14 +154,7 @@ static void go(struct emit *e, struct place_of_code *a, int64_t target)
         if (backward && leaves_page)
             asked = jcc32(a, COND_NZ);
         if (leaves_page) {
-            mov_load(a, S0, FIELD(e, jit.serial));
-            put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->proof->serial), 0);
-            unproved[0] = jcc32(a, COND_NZ);
-            if (!e->bound) {
-                mov_load(a, S0, FIELD(e, jit.page));
-                put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&l->proof->page), 0);
-                unproved[1] = jcc32(a, COND_NZ);
-            }
+            unless_proved(a, e, l->proof, unproved);
             move_page(a, e, (int32_t)(offset & ~0xfffll), false);
         }
         if (backward && !leaves_page) { /* a loop: one jump a turn */
@@ -462,15 +468,11 @@ static void check_second(struct emit *e)
 {
     struct jit_second *s = jit_data(e->j, sizeof *s);
     struct place_of_code *a = &e->a, *k = &e->k;
+    uint8_t *unproved[2] = {NULL};
     s->host = block_second(e->b);
-    mov_load(a, S0, FIELD(e, jit.serial));
-    put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&s->proof.serial), 0);
-    set_target(jcc32(a, COND_NZ), a->delta, run_address(k));
-    if (!e->bound) {
-        mov_load(a, S0, FIELD(e, jit.page));
-        put_insn(a, 0, true, 0, 0x3b, S0, rm_abs(&s->proof.page), 0);
-        set_target(jcc32(a, COND_NZ), a->delta, run_address(k));
-    }
+    unless_proved(a, e, &s->proof, unproved);
+    for (unsigned i = 0; i < 2 && unproved[i]; i++)
+        set_target(unproved[i], a->delta, run_address(k));
     lea(k, true, S0, rm_abs(s));
     call_to(k, e->j->second);
     leave_from(e, jcc32(k, COND_Z), e->start);

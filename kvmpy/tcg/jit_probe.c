@@ -78,17 +78,23 @@ static void entry_of(struct emit *e, unsigned from)
     alu_imm(a, false, 4, rm_reg(S0), (TLB_SIZE - 1) << 5);
 }
 
+/* S0: the entry, S1: what its tag must be. Then S0 is the addend. */
+static void match(struct emit *e, bool write, struct slow *s)
+{
+    unsigned gs = e->j->gs ? P_GS : 0;
+    put_insn(&e->a, gs, true, 0, 0x3b, S1, rm_mem(S0, (int32_t)tag(write)), 0);
+    jit_slow_if(e, s, COND_NZ);
+    put_insn(&e->a, gs, true, 0, 0x8b, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)), 0);
+}
+
 void jit_look_up(struct emit *e, unsigned from, bool write, struct slow *s)
 {
     struct place_of_code *a = &e->a;
-    unsigned gs = e->j->gs ? P_GS : 0;
     entry_of(e, from);
-    if (!gs)
+    if (!e->j->gs)
         put_insn(a, 0, true, 0, 0x03, S0, FIELD(e, tlb), 0);
     alu_imm(a, true, 4, rm_reg(S1), e->aligned ? -4096 | (int32_t)(e->aligned - 1) : -4096);
-    put_insn(a, gs, true, 0, 0x3b, S1, rm_mem(S0, (int32_t)tag(write)), 0);
-    jit_slow_if(e, s, COND_NZ);
-    put_insn(a, gs, true, 0, 0x8b, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)), 0);
+    match(e, write, s);
 }
 
 /* An address whose offset in its page is known, and so that it ends there: relative to RIP, or a constant. */
@@ -121,9 +127,7 @@ static struct rm look_up_fixed(struct emit *e, int64_t disp, bool constant, bool
     if (page)
         alu_imm(a, true, 0, rm_reg(S1), page);
     entry_of(e, S1);
-    put_insn(a, P_GS, true, 0, 0x3b, S1, rm_mem(S0, (int32_t)tag(write)), 0);
-    jit_slow_if(e, s, COND_NZ);
-    put_insn(a, P_GS, true, 0, 0x8b, S0, rm_mem(S0, offsetof(struct tlb_entry, addend)), 0);
+    match(e, write, s);
     if (!want_s1)
         return rm_sib(S0, S1, 0, (int32_t)(disp & 0xfff));
     put_insn(a, 0, true, 0, 0x03, S0, rm_reg(S1), 0);

@@ -63,11 +63,8 @@ ENABLE = """
 """
 
 
-@pytest.mark.parametrize("place", [0x40000000, 0x140000000], ids=["below 2 GiB", "above"])
-def test_code_page_mapped_twice(backend, place):
-    """One page of code at two places, before different pages: a jump to the next page leads to that of its place."""
-    body = f"""
-    %define PLACE {place:#x}
+# Four pages from PLACE on: 0x60000 and 0x61000, then 0x60000 once more and 0x62000.
+TWO_PLACES = """
     start:
     mov qword [0xa000 + (PLACE >> 30) * 8], 0x50003
     mov qword [0x50000], 0x51003
@@ -75,6 +72,15 @@ def test_code_page_mapped_twice(backend, place):
     mov qword [0x51008], 0x61003
     mov qword [0x51010], 0x60003
     mov qword [0x51018], 0x62003
+"""
+
+
+@pytest.mark.parametrize("place", [0x40000000, 0x140000000], ids=["below 2 GiB", "above"])
+def test_code_page_mapped_twice(backend, place):
+    """One page of code at two places, before different pages: a jump to the next page leads to that of its place."""
+    body = f"""
+    %define PLACE {place:#x}
+    {TWO_PLACES}
     mov rsi, page
     mov edi, 0x60000
     mov ecx, page_end - page
@@ -127,13 +133,7 @@ def test_instruction_in_two_pages(backend, place):
     """The second page differs from place to place, and later changes: so does the immediate operand."""
     body = f"""
     %define PLACE {place:#x}
-    start:
-    mov qword [0xa000 + (PLACE >> 30) * 8], 0x50003
-    mov qword [0x50000], 0x51003
-    mov qword [0x51000], 0x60003
-    mov qword [0x51008], 0x61003
-    mov qword [0x51010], 0x60003
-    mov qword [0x51018], 0x62003
+    {TWO_PLACES}
     mov dword [0x60ffc], 0x0001b890     ; nop; mov eax, ..01
     mov dword [0x61000], 0x00c30000     ; 00 00; ret
     mov dword [0x62000], 0x00c30001     ; 01 00; ret
